@@ -1,0 +1,202 @@
+"""Names and types of every table and column; nothing else in the project spells them.
+
+A packed symmetric matrix (d×d) is stored as its upper triangle, row by row, d(d+1)/2 values.
+"""
+
+from pyspark.sql import types as T
+
+# Tables
+EVENTS = "events"
+QUARANTINE = "quarantine"
+INPUTS = "inputs"
+USER_ATTRIBUTES = "user_attributes"
+MODELS = "models"
+FEATURES = "features"
+USERS = "users"
+WAITING = "waiting"
+LEDGER = "ledger"
+
+# Events
+EVENT_ID = "event_id"
+USER_ID = "user_id"
+INPUT_ID = "input_id"
+LABEL = "label"
+WEIGHT = "weight"
+EVENT_TIME = "event_time"
+SOURCE = "source"  # the file or stream that offered the row
+BATCH = "batch"  # the ingest batch or update batch that wrote the row
+
+# Quarantine
+RAW = "raw"  # the refused row as it came, as JSON
+REASON = "reason"
+
+# Models
+MODEL_VERSION = "model_version"
+STATUS = "status"
+FORM = "form"
+LOSS = "loss"
+K = "k"
+MEAN_LABEL = "mean_label"
+NOISE = "noise"
+LABEL_MIN = "label_min"
+LABEL_MAX = "label_max"
+PRIOR_COVARIANCE = "prior_covariance"
+ARTEFACT = "artefact"  # pickled encoders, user prior and input oracle, see mtl.models.Artefact
+EVENTS_VERSION = "events_version"
+INPUTS_VERSION = "inputs_version"
+N_EVENTS = "n_events"
+OBJECTIVE = "objective"
+METRICS = "metrics"
+SETTINGS = "settings"
+CREATED_AT = "created_at"
+
+LIVE = "live"
+CANDIDATE = "candidate"
+RETIRED = "retired"
+
+# Features
+OFFSET = "offset"  # E[o(x)]
+PHI = "phi"  # E[φ(x)], length k+1, first entry 1
+SECOND_MOMENT = "second_moment"  # E[φφᵀ], packed
+OFFSET_PHI = "offset_phi"  # E[oφ], length k+1
+RESIDUAL = "residual"  # what training added to the oracle's (o, f_1…f_k), length k+1
+INPUT_CLASS = "input_class"  # equivalence class of the input
+
+# Users
+A = "a"  # Σ c E[φφᵀ], packed
+B = "b"  # Σ c (yφ − E[oφ])
+W = "w"  # posterior mean of the user's weights
+PRIOR_MEAN = "prior_mean"
+REFERENCE_TIME = "reference_time"
+
+# Ledger
+QUERY = "query"
+BATCH_ID = "batch_id"
+APPLICATION_ID = "application_id"
+STATE = "state"
+OFFERED = "offered"
+ACCEPTED = "accepted"
+DUPLICATES = "duplicates"
+QUARANTINED = "quarantined"
+WAITED = "waited"
+RELEASED = "released"
+FINGERPRINT = "fingerprint"
+OFFSETS = "offsets"
+
+PLANNED = "planned"
+DONE = "done"
+ABANDONED = "abandoned"
+
+
+def _table(*fields: tuple[str, T.DataType]) -> T.StructType:
+    return T.StructType([T.StructField(name, kind) for name, kind in fields])
+
+
+_VECTOR = T.ArrayType(T.DoubleType(), containsNull=False)
+_EVENT = (
+    (EVENT_ID, T.StringType()),
+    (USER_ID, T.StringType()),
+    (INPUT_ID, T.StringType()),
+    (LABEL, T.DoubleType()),
+    (WEIGHT, T.DoubleType()),
+    (EVENT_TIME, T.TimestampType()),
+)
+
+SCHEMAS: dict[str, T.StructType] = {
+    EVENTS: _table(*_EVENT, (SOURCE, T.StringType()), (BATCH, T.StringType())),
+    QUARANTINE: _table(
+        (RAW, T.StringType()),
+        (REASON, T.StringType()),
+        (SOURCE, T.StringType()),
+        (BATCH, T.StringType()),
+        (CREATED_AT, T.TimestampType()),
+    ),
+    # Attribute columns join these two tables as they arrive (schema evolution).
+    INPUTS: _table((INPUT_ID, T.StringType())),
+    USER_ATTRIBUTES: _table((USER_ID, T.StringType())),
+    MODELS: _table(
+        (MODEL_VERSION, T.LongType()),
+        (STATUS, T.StringType()),
+        (FORM, T.StringType()),
+        (LOSS, T.StringType()),
+        (K, T.IntegerType()),
+        (MEAN_LABEL, T.DoubleType()),
+        (NOISE, T.DoubleType()),
+        (LABEL_MIN, T.DoubleType()),
+        (LABEL_MAX, T.DoubleType()),
+        (PRIOR_COVARIANCE, _VECTOR),
+        (ARTEFACT, T.BinaryType()),
+        (EVENTS_VERSION, T.LongType()),
+        (INPUTS_VERSION, T.LongType()),
+        (N_EVENTS, T.LongType()),
+        (OBJECTIVE, _VECTOR),
+        (METRICS, T.StringType()),
+        (SETTINGS, T.StringType()),
+        (CREATED_AT, T.TimestampType()),
+    ),
+    FEATURES: _table(
+        (MODEL_VERSION, T.LongType()),
+        (INPUT_ID, T.StringType()),
+        (OFFSET, T.DoubleType()),
+        (PHI, _VECTOR),
+        (SECOND_MOMENT, _VECTOR),
+        (OFFSET_PHI, _VECTOR),
+        (RESIDUAL, _VECTOR),
+        (INPUT_CLASS, T.StringType()),
+    ),
+    USERS: _table(
+        (MODEL_VERSION, T.LongType()),
+        (USER_ID, T.StringType()),
+        (A, _VECTOR),
+        (B, _VECTOR),
+        (W, _VECTOR),
+        (PRIOR_MEAN, _VECTOR),
+        (N_EVENTS, T.LongType()),
+        (REFERENCE_TIME, T.TimestampType()),
+    ),
+    # Events of the update stream whose input is not known yet: BATCH is the batch that set them aside,
+    # RELEASED the batch that applied them.
+    WAITING: _table(
+        (MODEL_VERSION, T.LongType()),
+        (APPLICATION_ID, T.StringType()),
+        *_EVENT,
+        (BATCH_ID, T.LongType()),
+        (RELEASED, T.LongType()),
+    ),
+    LEDGER: _table(
+        (QUERY, T.StringType()),
+        (APPLICATION_ID, T.StringType()),
+        (BATCH_ID, T.LongType()),
+        (SOURCE, T.StringType()),
+        (STATE, T.StringType()),
+        (OFFSETS, T.StringType()),
+        (FINGERPRINT, T.StringType()),
+        (OFFERED, T.LongType()),
+        (ACCEPTED, T.LongType()),
+        (DUPLICATES, T.LongType()),
+        (QUARANTINED, T.LongType()),
+        (WAITED, T.LongType()),
+        (RELEASED, T.LongType()),
+        (CREATED_AT, T.TimestampType()),
+    ),
+}
+
+PARTITIONED_BY: dict[str, list[str]] = {FEATURES: [MODEL_VERSION], USERS: [MODEL_VERSION], WAITING: [MODEL_VERSION]}
+
+_LONG_MEMORY = {
+    # Longer than any downtime of a reader, so that a stream never finds its log cleaned behind it.
+    "delta.logRetentionDuration": "interval 60 days",
+    "delta.deletedFileRetentionDuration": "interval 30 days",
+}
+_MERGED = {**_LONG_MEMORY, "delta.enableDeletionVectors": "true"}
+PROPERTIES: dict[str, dict[str, str]] = {
+    EVENTS: {**_LONG_MEMORY, "delta.appendOnly": "true"},
+    QUARANTINE: _LONG_MEMORY,
+    INPUTS: {**_MERGED, "delta.enableChangeDataFeed": "true"},
+    USER_ATTRIBUTES: _MERGED,
+    MODELS: _LONG_MEMORY,
+    FEATURES: _MERGED,
+    USERS: _MERGED,
+    WAITING: _MERGED,
+    LEDGER: _LONG_MEMORY,
+}

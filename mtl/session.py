@@ -1,0 +1,62 @@
+"""One Spark session with Delta, from settings, without the network."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pyspark
+from pyspark.sql import SparkSession
+
+from mtl.config import SparkSettings
+from mtl.errors import StateError
+
+
+def jars_folder() -> Path:
+    """Where ``make setup`` puts the Delta jars: beside Spark's own, so that every way of starting finds them."""
+    return Path(os.environ.get("SPARK_HOME") or pyspark.__path__[0]) / "jars"
+
+
+def open_session(settings: SparkSettings, name: str) -> SparkSession:
+    """The session of this process: inside spark-submit on its terms, else a local one by ``settings``.
+
+    Raises:
+        StateError: there are no Delta jars beside Spark's own and none are configured.
+    """
+    # Tasks are Spark's unit of parallelism: one BLAS thread each.
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    options = {
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.databricks.delta.snapshotPartitions": "2",
+        "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",
+        "spark.driver.maxResultSize": "0",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # then master, memory and jars are spark-submit's to say
+    if not submitted:
+        if not any(jars_folder().glob("delta-spark_*.jar")) and not {"spark.jars", "spark.jars.packages"} & {
+            *settings.options
+        }:
+            raise StateError(f"no Delta jars in {jars_folder()}: run 'make setup', or set spark.options \"spark.jars\"")
+        options |= {"spark.master": settings.master, "spark.driver.memory": settings.driver_memory}
+        if settings.master.startswith("local"):
+            options |= {
+                "spark.driver.host": "127.0.0.1",
+                "spark.driver.bindAddress": "127.0.0.1",
+                "spark.ui.enabled": "false",
+                "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "oracle-mtl-warehouse"),
+            }
+    builder = SparkSession.builder.appName(name)
+    for key, value in {**options, **settings.options}.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel(settings.log_level)
+    return spark

@@ -1,0 +1,100 @@
+"""Delta tables under one root: opened by name, created on first use, written exactly once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+
+from mtl import schema
+from mtl.errors import ConfigError
+
+_CATALOG = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
+_TXN_APP = "spark.databricks.delta.write.txnAppId"
+_TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+
+
+class Tables:
+    """The project's Delta tables under one root.
+
+    Args:
+        spark: the session to read and write with.
+        root: a folder (or object-store URI), or ``catalog.schema``. A folder whose name looks like
+            ``catalog.schema`` is written ``./name.name``.
+    """
+
+    def __init__(self, spark: SparkSession, root: str):
+        if not root.strip():
+            raise ConfigError("tables.root is empty: give a folder or catalog.schema")
+        self.spark = spark
+        self.in_catalog = bool(_CATALOG.fullmatch(root))
+        self.root = root if self.in_catalog or "://" in root else os.path.abspath(root)
+
+    def name(self, table: str) -> str:
+        """The one opaque name by which SQL, reader and writer address ``table``."""
+        return f"{self.root}.{table}" if self.in_catalog else f"delta.`{self.root}/{table}`"
+
+    def exists(self, table: str) -> bool:
+        if self.in_catalog:
+            return self.spark.catalog.tableExists(self.name(table))
+        return DeltaTable.isDeltaTable(self.spark, f"{self.root}/{table}")
+
+    def create(self, *tables: str) -> None:
+        """Create those of ``tables`` that do not exist yet."""
+        for table in tables:
+            if self.exists(table):
+                continue
+            builder = DeltaTable.createIfNotExists(self.spark).addColumns(schema.SCHEMAS[table])
+            builder = (
+                builder.tableName(self.name(table)) if self.in_catalog else builder.location(f"{self.root}/{table}")
+            )
+            for key, value in schema.PROPERTIES[table].items():
+                builder = builder.property(key, value)
+            if table in schema.PARTITIONED_BY:
+                builder = builder.partitionedBy(*schema.PARTITIONED_BY[table])
+            builder.execute()
+
+    def read(self, table: str, version: int | None = None) -> DataFrame:
+        """The table, now or as of a commit ``version``; creates an empty one where there is none."""
+        self.create(table)
+        if version is None:
+            return self.spark.read.table(self.name(table))
+        return self.spark.read.option("versionAsOf", version).table(self.name(table))
+
+    def stream(self, table: str, **options: str | int) -> DataFrame:
+        """A streaming DataFrame over the table's commits, with Delta's reader ``options``."""
+        reader = self.spark.readStream.format("delta").options(**options)
+        return reader.table(self.name(table)) if self.in_catalog else reader.load(f"{self.root}/{table}")
+
+    def delta(self, table: str) -> DeltaTable:
+        self.create(table)
+        return DeltaTable.forName(self.spark, self.name(table))
+
+    def version(self, table: str) -> int:
+        """The latest commit version of the table."""
+        return self.delta(table).history(1).collect()[0]["version"]
+
+    def append(self, table: str, rows: DataFrame, evolve: bool = False) -> None:
+        self.create(table)
+        writer = rows.write.format("delta").mode("append").option("mergeSchema", str(evolve).lower())
+        writer.saveAsTable(self.name(table)) if self.in_catalog else writer.save(f"{self.root}/{table}")
+
+    @contextmanager
+    def once(self, application: str, version: int) -> Iterator[None]:
+        """Every Delta write inside happens at most once for (table, application, version).
+
+        Delta compares the pair in the same commit as the data, so a write repeated after a crash changes
+        nothing. The session settings are removed on leaving: left set, they would silently drop the next
+        unrelated write.
+        """
+        self.spark.conf.set(_TXN_APP, application)
+        self.spark.conf.set(_TXN_VERSION, version)
+        try:
+            yield
+        finally:
+            self.spark.conf.unset(_TXN_APP)
+            self.spark.conf.unset(_TXN_VERSION)

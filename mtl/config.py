@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mtl.errors import ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pydantic-settings[toml] brings it
+    import tomli as tomllib
 
 DEFAULTS = Path(__file__).resolve().parent.parent / "conf" / "default.toml"
 ENVIRONMENT_PREFIX = "MTL_"
@@ -46,6 +45,7 @@ class IngestSettings(_Section):
     csv_delimiter: str = Field(min_length=1)
     list_separator: str
     list_columns: list[str]
+    recover_after_minutes: float = Field(ge=0)
 
 
 class ModelSettings(_Section):
@@ -97,12 +97,8 @@ class AuditSettings(_Section):
     tolerance: float = Field(gt=0)
 
 
-class Settings(BaseSettings):
+class Settings(_Section):
     """All settings of a job; see conf/default.toml for what each means."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__"
-    )
 
     tables: TablesSettings
     spark: SparkSettings
@@ -127,24 +123,13 @@ def load_settings(files: Sequence[str | Path] = (), assignments: Sequence[str] =
         ConfigError: a file is missing or malformed, a key is unknown (the nearest valid one is named) or a
             value is out of its range.
     """
-    layers: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for file in (DEFAULTS, *files):
-        _merge(layers, _read(Path(file)))
-    _check_environment()
-
-    class Layered(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            **_: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=layers)
-
+        _merge(tree, _read(Path(file)))
+    _merge(tree, _assigned(_environment()))
+    _merge(tree, _assigned(assignments))
     try:
-        return Layered(**_assigned(assignments))
+        return Settings.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
@@ -160,10 +145,10 @@ def valid_keys() -> list[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration file {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None
 
 
@@ -179,34 +164,49 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        *sections, key = path.strip().split(".")
-        if not equals or not sections:
+        # What follows section.key is one name inside a table, dots and all: spark.options.spark.executor.memory.
+        section, key, *inner = path.strip().split(".", 2) if "." in path else ("", "")
+        if not (equals and section and key):
             raise ConfigError(f"--set {assignment}: write section.key=value")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = _value(text.strip())
+        value = _value(text.strip(), _type_of(section, key) in ((dict[str, str],) if inner else (str,)))
+        _merge(tree, {section: {key: {inner[0]: value} if inner else value}})
     return tree
 
 
-def _value(text: str) -> Any:
+def _type_of(section: str, key: str) -> Any:
+    fields = getattr(Settings.model_fields.get(section), "annotation", Settings).model_fields
+    return fields[key].annotation if key in fields else None
+
+
+def _value(text: str, is_text: bool) -> Any:
+    """TOML, or the text itself where it is no TOML or where the setting wants text (a folder named 2026)."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if is_text and not isinstance(value, str) else value
 
 
-def _check_environment() -> None:
+def _environment() -> list[str]:
+    """The assignments of the variables MTL_SECTION__KEY."""
+    assignments = []
     sections = Settings.model_fields
-    for name in os.environ:
-        section = name.removeprefix(ENVIRONMENT_PREFIX).split("__")[0].lower()
-        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name and section not in sections:
+    for name, value in os.environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if section in sections and key:
+            assignments.append(f"{section}.{key}={value}")
+        elif separator:
             raise ConfigError(f"environment variable {name}: no section {section!r}; there are {', '.join(sections)}")
+        elif section.split("_")[0] in sections:
+            raise ConfigError(f"environment variable {name}: write {ENVIRONMENT_PREFIX}SECTION__KEY, two underscores")
+    return assignments
 
 
 def _explain(error: ValidationError) -> str:
     """One line a mistake: the key, what is wrong, and for an unknown key the nearest valid one."""
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for mistake in error.errors():
         path = [str(part) for part in mistake["loc"]]
         key = ".".join(path[:2])
@@ -214,7 +214,12 @@ def _explain(error: ValidationError) -> str:
             nearest = difflib.get_close_matches(
                 key, valid_keys() if len(path) > 1 else list(Settings.model_fields), 1, 0.0
             )
-            reasons.append(f"unknown setting {key!r}: did you mean {nearest[0]!r}?")
+            reasons[f"unknown setting {key!r}"] = [f"did you mean {nearest[0]!r}?"]
         else:
-            reasons.append(f"setting {key} = {mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}")
-    return "; ".join(dict.fromkeys(reasons))
+            # A union reports each of its members: one mistake, several remedies.
+            remedies = reasons.setdefault(f"setting {key} = {mistake['input']!r}", [])
+            remedies.append(mistake["msg"][0].lower() + mistake["msg"][1:])
+    return "; ".join(
+        f"{mistake}: " + " or ".join(dict.fromkeys(remedies)).replace(" or input should be ", " or ")
+        for mistake, remedies in reasons.items()
+    )

@@ -40,8 +40,8 @@ MEAN_LABEL = "mean_label"
 NOISE = "noise"
 LABEL_MIN = "label_min"
 LABEL_MAX = "label_max"
-PRIOR_COVARIANCE = "prior_covariance"
-ARTEFACT = "artefact"  # pickled encoders, user prior and input oracle, see mtl.models.Artefact
+PRIOR_COVARIANCE = "prior_covariance"  # S of the users, packed
+ARTEFACT = "artefact"  # pickled mtl.models.Artefact: encoders, user prior, basis functions
 EVENTS_VERSION = "events_version"
 INPUTS_VERSION = "inputs_version"
 N_EVENTS = "n_events"
@@ -49,6 +49,7 @@ OBJECTIVE = "objective"
 METRICS = "metrics"
 SETTINGS = "settings"
 CREATED_AT = "created_at"
+PROMOTED_AT = "promoted_at"
 
 LIVE = "live"
 CANDIDATE = "candidate"
@@ -133,6 +134,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (METRICS, T.StringType()),
         (SETTINGS, T.StringType()),
         (CREATED_AT, T.TimestampType()),
+        (PROMOTED_AT, T.TimestampType()),
     ),
     FEATURES: _table(
         (MODEL_VERSION, T.LongType()),

@@ -1,0 +1,48 @@
+# 'make' lists the targets.
+SHELL := bash
+PY := .venv/bin/python
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# .venv brings its own Spark: one that the caller's environment points to would be started in its place.
+unexport SPARK_HOME SPARK_CONF_DIR PYTHONPATH PYTHONHOME
+
+.PHONY: help setup demo test test-fast check format bench faults clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv: Python packages, Delta's jars, Java (once; then about a second)
+	@bash .ci/setup
+
+demo: setup ## the whole product on a small data set (DEMO_ARGS="…")
+	@$(PY) jobs/demo.py $(DEMO_ARGS)
+
+test: setup ## all tests but the benches (TEST_ARGS="-k name")
+	@$(PY) -m pytest tests --ignore=tests/bench $(TEST_ARGS)
+
+test-fast: setup ## the pure tests: no Spark, seconds
+	@$(PY) -m pytest tests/test_*.py $(TEST_ARGS)
+
+check: setup ## format, lint, types
+	@$(PY) -m ruff format --check --quiet . || { echo "run 'make format'" >&2; exit 1; }
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m mypy
+
+format: setup ## rewrite the code in the house format
+	@$(PY) -m ruff check --quiet --fix --exit-zero .
+	@$(PY) -m ruff format .
+
+bench: setup ## how long retraining and updating take
+	@$(PY) tests/bench/retrain.py
+	@$(PY) tests/bench/update.py
+
+faults: setup ## kills, duplicates, broken files: exactly once all the same
+	@$(PY) -m pytest tests/faults $(TEST_ARGS)
+
+clean: ## remove what tests and builds left; keeps .venv, data/ and demo/
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log *.egg-info
+	@find mtl jobs tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	@rm -rf .venv

@@ -1,0 +1,88 @@
+"""The two half-steps of oracle-mtl for Shared Basis with squared loss, on arrays (design, sections 2 and 3).
+
+The model is y = μ + o_x + b_u + p_u·q_x + noise, the users' vectors w_u = [b_u, p_u] and the inputs' vectors
+c_x = [o_x, q_x] both of length d = k+1 and Gaussian given the other side. A half-step gives one side's exact posteriors;
+between the sides travel only sums: a user's (A, b), an input's (A_x, b_x) over the extended user vector [1, b_u, p_u].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from mtl import gaussian
+from mtl.features import Features
+from mtl.gaussian import Array, Posterior
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Sums over the events of each of n inputs; they add."""
+
+    second: Array  # A_x = Σ c E[w̃w̃ᵀ], packed (n, e(e+1)/2), w̃ = [1, w_u], e = k+2
+    first: Array  # b_x = Σ c y E[w̃], (n, e)
+
+    @classmethod
+    def zeros(cls, n: int, d: int) -> InputSums:
+        return cls(np.zeros((n, gaussian.packed_length(d + 1))), np.zeros((n, d + 1)))
+
+
+def user_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, features: Features) -> tuple[Array, Array]:
+    """A = Σ c E[φφᵀ], packed (users, d(d+1)/2), and b = Σ c (yφ − E[oφ]), (users, d).
+
+    Args:
+        weights, labels: c and c·y of the users' events, (users, inputs).
+    """
+    return weights @ features.second_moment, labels @ features.phi - weights @ features.offset_phi
+
+
+def posteriors(
+    precision: Array, information: Array, prior_mean: Array, prior_precision: Array, noise: float
+) -> Posterior:
+    """Λ = S⁻¹ + A/σ², η = S⁻¹m + b/σ² (design, section 2): the posteriors of n vectors of either side.
+
+    Args:
+        precision, information: A and b, packed (n, d(d+1)/2) and (n, d), as sums of data without the noise.
+        prior_mean: m, (n, d).
+        prior_precision: S⁻¹, (d, d).
+        noise: σ², squared label units.
+    """
+    return gaussian.posterior(
+        precision / noise + gaussian.pack(prior_precision), information / noise + prior_mean @ prior_precision
+    )
+
+
+def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Posterior) -> InputSums:
+    """(A_x, b_x) of every input, over the events of these users."""
+    mean = np.column_stack([np.ones(len(users.mean)), users.mean])
+    second = gaussian.outer(mean)
+    second[:, mean.shape[1] :] += users.covariance  # past the first row of the triangle: w̃₀ = 1 is certain
+    return InputSums(weights.T @ second, labels.T @ mean)
+
+
+def input_evidence(sums: InputSums, mean_label: float) -> tuple[Array, Array]:
+    """What the events say of c_x = [o, q]: precision·σ², packed (n, d(d+1)/2), and information·σ², (n, d).
+
+    The user's intercept multiplies nothing of the input: its column moves to the label's side, and so does μ.
+    """
+    e = sums.first.shape[1]
+    known = gaussian.row(sums.second, e, 1) + mean_label * gaussian.row(sums.second, e, 0)
+    return gaussian.block(sums.second, e, _of_input(e)), (sums.first - known)[:, _of_input(e)]
+
+
+def squared_error(sums: InputSums, inputs: Posterior, mean_label: float) -> float:
+    """Σ c E[(y − h)²] − Σ c y² over the events behind ``sums``, from the sums alone."""
+    e = sums.first.shape[1]
+    mean = np.insert(inputs.mean, 1, 1.0, axis=1)
+    mean[:, 0] += mean_label
+    second = gaussian.outer(mean)
+    rows, columns = gaussian.triangle(e)
+    second[:, (rows != 1) & (columns != 1)] += inputs.covariance
+    return float(np.sum(gaussian.inner(sums.second, second, e)) - 2 * np.sum(sums.first * mean))
+
+
+def _of_input(e: int) -> np.ndarray:
+    """Where c_x stands in the extended vector: all but the user's intercept."""
+    return np.delete(np.arange(e), 1)

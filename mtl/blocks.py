@@ -1,0 +1,181 @@
+"""Events of one hash partition of users, kept as Arrow buffers between passes.
+
+Events are shuffled by user once; a partition then is a few :class:`EventBlock` of whole users. A block numbers its users
+and the inputs that *it saw* from 0, so that what it exchanges per pass is as large as what it saw, not as the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from mtl.encode import Activity
+from mtl.gaussian import Array
+
+# Users whose statistics are worked on at once: small enough for the cache, large enough for NumPy.
+USERS_AT_ONCE = 8192
+
+ARROW_SCHEMA = pa.schema(
+    [
+        ("users", pa.binary()),
+        ("attributes", pa.binary()),
+        ("n_events", pa.binary()),
+        ("inputs", pa.binary()),
+        ("starts", pa.binary()),
+        ("places", pa.binary()),
+        ("weights", pa.binary()),
+        ("labels", pa.binary()),
+    ]
+)
+DDL = ", ".join(f"{name} binary" for name in ARROW_SCHEMA.names)
+
+
+@dataclass(frozen=True)
+class UserTotals:
+    """What is summed once over all users, before the first pass; adds."""
+
+    gram: Array  # Σ r rᵀ of the raw rows r = [z, log(1+n), 1 if n > 0]
+
+    def activity(self) -> Activity:
+        return Activity.fit(self.gram[-1, -2], self.gram[-2, -2], int(self.gram[-1, -1]))
+
+    def gram_with(self, activity: Activity | None) -> Array:
+        """Σ z zᵀ over all users, with the activity column where there is one."""
+        p = len(self.gram) - 2
+        if activity is None:
+            return self.gram[:p, :p]
+        from_raw = np.eye(p + 2, p + 1)
+        from_raw[p:, p] = np.array([1.0, -activity.centre]) / activity.scale
+        return from_raw.T @ self.gram @ from_raw
+
+
+@dataclass(frozen=True)
+class EventBlock:
+    """Some users' events: a CSR pattern (users, inputs seen) with weights c and weighted labels c·y."""
+
+    attributes: Array  # (users, p), first column 1
+    n_events: NDArray[np.int64]  # (users,)
+    inputs: NDArray[np.int32]  # catalogue index of each input seen
+    starts: NDArray[np.int32]  # (users + 1,)
+    places: NDArray[np.int32]  # which input seen, an entry
+    weights: Array
+    labels: Array
+    users: pa.Array | None = None  # ids, (users,); None where a pass does not need them
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def weight_matrix(self) -> sp.csr_matrix:
+        return sp.csr_matrix((self.weights, self.places, self.starts), shape=(len(self), len(self.inputs)))
+
+    @cached_property
+    def label_matrix(self) -> sp.csr_matrix:
+        return sp.csr_matrix((self.labels, self.places, self.starts), shape=(len(self), len(self.inputs)))
+
+    def described(self, users: slice, activity: Activity | None) -> Array:
+        """Attributes of some users, (n, p), their activity last where it counts."""
+        if activity is None:
+            return self.attributes[users]
+        return np.column_stack([self.attributes[users], activity(self.n_events[users])])
+
+    def totals(self) -> UserTotals:
+        rows = np.column_stack([self.attributes, np.log1p(self.n_events), self.n_events > 0])
+        return UserTotals(rows.T @ rows)
+
+    def parts(self, size: int = USERS_AT_ONCE) -> Iterator[tuple[slice, sp.csr_matrix, sp.csr_matrix]]:
+        """(users, weights, labels) for at most ``size`` users at a time."""
+        for first in range(0, len(self), size):
+            users = slice(first, first + size)
+            yield users, self.weight_matrix[users], self.label_matrix[users]
+
+
+def build(
+    user: pa.Array | pa.ChunkedArray,
+    input_index: NDArray[np.integer],
+    label: Array,
+    weight: Array,
+    attribute_users: pa.Array | pa.ChunkedArray,
+    attributes: Array,
+) -> EventBlock:
+    """The block of n events and m users with known attributes.
+
+    Args:
+        user: user id of each event, (n,).
+        input_index: catalogue index of each event's input, (n,).
+        label, weight: y and c of each event, (n,).
+        attribute_users: ids of users with attributes, (m,), each once.
+        attributes: (m, p); a user without a row gets [1, 0, …, 0], the average.
+    """
+    codes = pa.concat_arrays([*_chunks(user), *_chunks(attribute_users)]).dictionary_encode()
+    numbers = codes.indices.to_numpy(zero_copy_only=False)
+    n_users = len(codes.dictionary)
+    row, described = numbers[: len(label)], numbers[len(label) :]
+    inputs, place = np.unique(input_index, return_inverse=True)
+    pattern = sp.coo_matrix((weight, (row, place)), shape=(n_users, len(inputs))).tocsr()
+    labelled = sp.coo_matrix((weight * label, (row, place)), shape=(n_users, len(inputs))).tocsr()
+    known = np.zeros((n_users, attributes.shape[1]))
+    known[:, 0] = 1.0
+    known[described] = attributes
+    return EventBlock(
+        attributes=known,
+        n_events=np.bincount(row, minlength=n_users),
+        inputs=inputs.astype(np.int32),
+        starts=pattern.indptr.astype(np.int32),
+        places=pattern.indices.astype(np.int32),
+        weights=pattern.data,
+        labels=labelled.data,
+        users=codes.dictionary,
+    )
+
+
+def to_arrow(block: EventBlock) -> pa.RecordBatch:
+    """One row of buffers."""
+    sink = pa.BufferOutputStream()
+    ids = pa.record_batch([block.users], ["user"])
+    with pa.ipc.new_stream(sink, ids.schema) as stream:
+        stream.write_batch(ids)
+    buffers = {
+        "users": sink.getvalue().to_pybytes(),
+        **{
+            name: np.ascontiguousarray(getattr(block, name)).tobytes() for name in ARROW_SCHEMA.names if name != "users"
+        },
+    }
+    return pa.record_batch([pa.array([buffers[name]], pa.binary()) for name in ARROW_SCHEMA.names], schema=ARROW_SCHEMA)
+
+
+def from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[EventBlock]:
+    """Blocks from rows of buffers, without copying; a batch may leave out ``users``."""
+    for batch in batches:
+        for i in range(batch.num_rows):
+            buffers = {name: batch.column(name)[i].as_buffer() for name in batch.schema.names}
+            starts = np.frombuffer(buffers["starts"], np.int32)
+            users = None
+            if "users" in buffers:
+                users = pa.ipc.open_stream(buffers["users"]).read_next_batch().column("user")
+            yield EventBlock(
+                attributes=np.frombuffer(buffers["attributes"]).reshape(len(starts) - 1, -1),
+                n_events=np.frombuffer(buffers["n_events"], np.int64),
+                inputs=np.frombuffer(buffers["inputs"], np.int32),
+                starts=starts,
+                places=np.frombuffer(buffers["places"], np.int32),
+                weights=np.frombuffer(buffers["weights"]),
+                labels=np.frombuffer(buffers["labels"]),
+                users=users,
+            )
+
+
+def index_of(ids: pa.Array | pa.ChunkedArray, catalogue: pa.Array) -> NDArray[np.int64]:
+    """Place of each id in ``catalogue``, −1 where it is not there."""
+    return pc.fill_null(pc.index_in(ids, value_set=catalogue), -1).to_numpy().astype(np.int64)
+
+
+def _chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    return column.chunks if isinstance(column, pa.ChunkedArray) else [column]

@@ -1,0 +1,183 @@
+"""Attributes of users and inputs as numbers: encodings made from the column types.
+
+| a column of | becomes |
+|---|---|
+| numbers | its standardized value and square, and an indicator where values are missing |
+| categories (text of few distinct values) | one column a frequent category, one for the others |
+| lists of categories | one column a frequent category, 1 where the list holds it |
+| longer text | the leading singular vectors of its character trigrams (TF-IDF) |
+
+The first encoded column is the constant 1; the others are centred over the rows the encoder was fitted on, so 0 is the
+average and stands for a row of which nothing is known. Indicators keep their natural scale: a rare category then has few
+observations against its prior, and is shrunk the more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from mtl.config import EncodeSettings
+from mtl.gaussian import Array
+
+# A text column is categories while it has few distinct values for its rows, or short ones.
+_TEXT_DISTINCT = 0.5
+_TEXT_WORDS = 3
+
+
+class ColumnEncoder(Protocol):
+    name: str
+
+    def __call__(self, values: pd.Series) -> Array:
+        """One column of n values → (n, m) numbers."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """(value, value², missing) with values standardized first, so that the square is one about the mean."""
+
+    name: str
+    centre: float
+    scale: float
+    may_miss: bool
+
+    @classmethod
+    def fit(cls, name: str, values: pd.Series) -> Number:
+        known = _numbers(values)
+        known = known[np.isfinite(known)]
+        scale = float(known.std()) if len(known) else 0.0
+        return cls(name, float(known.mean()) if len(known) else 0.0, scale or 1.0, len(known) < len(values))
+
+    def __call__(self, values: pd.Series) -> Array:
+        z = (_numbers(values) - self.centre) / self.scale
+        missing = ~np.isfinite(z)
+        z = np.where(missing, 0.0, np.clip(z, -10, 10))
+        return np.column_stack([z, z**2] + ([missing] if self.may_miss else []))
+
+
+@dataclass(frozen=True)
+class Categories:
+    """One indicator a known category, and one for all others; ``many`` where a value is a list of categories."""
+
+    name: str
+    known: tuple[Hashable, ...]
+    many: bool
+
+    @classmethod
+    def fit(cls, name: str, values: pd.Series, many: bool, settings: EncodeSettings) -> Categories:
+        counts = Counter(category for row in _rows(values, many) for category in row)
+        frequent = sorted(counts, key=lambda category: (-counts[category], str(category)))[: settings.max_categories]
+        return cls(name, tuple(c for c in frequent if counts[c] >= settings.min_category_count), many)
+
+    def __call__(self, values: pd.Series) -> Array:
+        place = {category: j for j, category in enumerate(self.known)}
+        encoded = np.zeros((len(values), len(place) + 1))
+        for i, row in enumerate(_rows(values, self.many)):
+            for category in row:
+                encoded[i, place.get(category, -1)] = 1.0
+        return encoded
+
+
+@dataclass(frozen=True)
+class Text:
+    """Singular vectors of the text's trigrams, with a total variance of 1."""
+
+    name: str
+    vectorizer: Pipeline
+    scale: float
+
+    @classmethod
+    def fit(cls, name: str, values: pd.Series, settings: EncodeSettings) -> Text:
+        trigrams = TfidfVectorizer(
+            analyzer="char_wb", ngram_range=(3, 3), min_df=2, max_features=50_000, sublinear_tf=True
+        )
+        dimensions = min(settings.text_dimensions, max(1, values.nunique() - 1))
+        vectorizer = make_pipeline(trigrams, TruncatedSVD(dimensions, random_state=0))
+        variance = vectorizer.fit_transform(_texts(values)).var(0).sum()
+        return cls(name, vectorizer, float(np.sqrt(variance)) or 1.0)
+
+    def __call__(self, values: pd.Series) -> Array:
+        return self.vectorizer.transform(_texts(values)) / self.scale
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Attribute rows → (n, p) float64: the constant 1, then the centred encodings."""
+
+    columns: tuple[ColumnEncoder, ...]
+    centre: Array  # (p − 1,)
+
+    @classmethod
+    def fit(cls, frame: pd.DataFrame, settings: EncodeSettings) -> Encoder:
+        """Choose and fit an encoding for every column of ``frame`` (the key column left out by the caller)."""
+        columns = tuple(_column(name, frame[name], settings) for name in frame.columns if frame[name].notna().any())
+        return cls(columns, _side_by_side(columns, frame).mean(0) if len(frame) else np.empty(0))
+
+    @property
+    def width(self) -> int:
+        """p, the constant included."""
+        return 1 + len(self.centre)
+
+    def __call__(self, frame: pd.DataFrame) -> Array:
+        """Encode ``frame``; a column that it lacks counts as missing."""
+        return np.column_stack([np.ones(len(frame)), _side_by_side(self.columns, frame) - self.centre])
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Standardized log-count of training events as an attribute; 0, the average, where there are none to know it from."""
+
+    centre: float
+    scale: float
+
+    @classmethod
+    def fit(cls, total: float, total_of_squares: float, n: int) -> Activity:
+        """From Σ log(1+count), its squares' sum and the number of those with events."""
+        centre = total / max(n, 1)
+        return cls(centre, float(np.sqrt(max(total_of_squares / max(n, 1) - centre**2, 0.0))) or 1.0)
+
+    def __call__(self, counts: np.ndarray) -> Array:
+        return np.where(counts > 0, (np.log1p(counts) - self.centre) / self.scale, 0.0)
+
+
+def _column(name: str, values: pd.Series, settings: EncodeSettings) -> ColumnEncoder:
+    known = values.dropna()
+    first = known.iloc[0]
+    if isinstance(first, (list, tuple, np.ndarray)):
+        return Categories.fit(name, values, True, settings)
+    if isinstance(first, str):
+        words = known.str.split().str.len().mean()
+        if words >= _TEXT_WORDS and known.nunique() > _TEXT_DISTINCT * len(known):
+            return Text.fit(name, values, settings)
+        return Categories.fit(name, values, False, settings)
+    return Number.fit(name, values)
+
+
+def _side_by_side(columns: Sequence[ColumnEncoder], frame: pd.DataFrame) -> Array:
+    missing = pd.Series([None] * len(frame), dtype=object)
+    parts = [np.asarray(column(frame.get(column.name, missing)), float) for column in columns]
+    return np.concatenate([np.empty((len(frame), 0)), *parts], axis=1)
+
+
+def _numbers(values: pd.Series) -> Array:
+    return pd.to_numeric(values, errors="coerce").to_numpy(float)
+
+
+def _rows(values: pd.Series, many: bool) -> Iterable[Iterable[Hashable]]:
+    """The categories of each row, none where the value is missing."""
+    one: Callable = (
+        (lambda value: () if value is None else value) if many else (lambda value: () if pd.isna(value) else (value,))
+    )
+    return map(one, values)
+
+
+def _texts(values: pd.Series) -> pd.Series:
+    return values.fillna("").astype(str)

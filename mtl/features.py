@@ -1,0 +1,72 @@
+"""What all users share of an input: o(x), φ(x) and their second moments, one row an input.
+
+With h(x; u) = o(x) + w_u·φ(x) and an input known as a Gaussian over (o, f_1…f_k), a user's data enter only through
+E[o], E[φ], E[φφᵀ] and E[oφ] (design, section 2): the *features* of the input, computed once and added per event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mtl import gaussian, schema
+from mtl.arrow import lists, matrix
+from mtl.gaussian import Array
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n inputs, with φ of length d = k+1 and first entry 1."""
+
+    offset: Array  # E[o], (n,), the mean label included
+    phi: Array  # E[φ], (n, d)
+    second_moment: Array  # E[φφᵀ], packed (n, d(d+1)/2)
+    offset_phi: Array  # E[oφ], (n, d)
+
+    @classmethod
+    def of(cls, mean: Array, covariance: Array, mean_label: float) -> Features:
+        """From the posteriors of (o − mean_label, f_1…f_k): mean (n, d) and packed covariance (n, d(d+1)/2)."""
+        d = mean.shape[1]
+        phi = mean.copy()
+        phi[:, 0] = 1.0
+        # The packed covariance with the offset's row and column cleared is that of φ, whose first entry is certain.
+        rows, _ = gaussian.triangle(d)
+        second_moment = gaussian.outer(phi) + np.where(rows == 0, 0.0, covariance)
+        offset = mean_label + mean[:, 0]
+        offset_phi = offset[:, None] * phi
+        offset_phi[:, 1:] += gaussian.row(covariance, d, 0)[:, 1:]
+        return cls(offset, phi, second_moment, offset_phi)
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def take(self, rows: np.ndarray) -> Features:
+        return Features(self.offset[rows], self.phi[rows], self.second_moment[rows], self.offset_phi[rows])
+
+
+def feature_rows(version: int, ids: pa.Array, features: Features, residual: Array) -> pa.Table:
+    """Rows of the features table for n inputs; ``residual`` (n, d) is what training added to the oracle's prediction."""
+    return pa.table(
+        {
+            schema.MODEL_VERSION: pa.array(np.full(len(ids), version)),
+            schema.INPUT_ID: ids,
+            schema.OFFSET: features.offset,
+            schema.PHI: lists(features.phi),
+            schema.SECOND_MOMENT: lists(features.second_moment),
+            schema.OFFSET_PHI: lists(features.offset_phi),
+            schema.RESIDUAL: lists(residual),
+            schema.INPUT_CLASS: ids,
+        }
+    )
+
+
+def from_rows(rows: pa.Table, d: int) -> Features:
+    """Features of rows of the features table, φ of length d."""
+    return Features(
+        rows[schema.OFFSET].to_numpy(),
+        matrix(rows[schema.PHI], d),
+        matrix(rows[schema.SECOND_MOMENT], gaussian.packed_length(d)),
+        matrix(rows[schema.OFFSET_PHI], d),
+    )

@@ -1,0 +1,137 @@
+"""Batches of small Gaussians in information form: packing, posteriors, entropy.
+
+A batch of n symmetric d×d matrices is kept *packed*: ``(n, d(d+1)/2)``, the upper triangle row by row. Sums of
+outer products are then plain sums of rows, and a sparse matrix of events times the packed rows of the inputs is
+the whole of a user's statistics (design, section 4).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Below this dimension one sweep vectorized over the batch beats a LAPACK call per matrix.
+_SWEEP_LIMIT = 30
+_SWEEP_BYTES = 1 << 19  # a block of matrices that stays in the second-level cache
+
+
+class Posterior(NamedTuple):
+    """n Gaussians N(mean, covariance) of dimension d."""
+
+    mean: Array  # (n, d)
+    covariance: Array  # packed (n, d(d+1)/2)
+    log_determinant: Array  # (n,) log|covariance|
+
+
+@cache
+def triangle(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Row and column of each packed entry of a d×d matrix."""
+    return np.triu_indices(d)
+
+
+@cache
+def _square(d: int) -> NDArray[np.intp]:
+    """(d, d): where entry (i, j) of a symmetric matrix is in its packed row."""
+    place = np.empty((d, d), np.intp)
+    rows, columns = triangle(d)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    return place
+
+
+def packed_length(d: int) -> int:
+    return d * (d + 1) // 2
+
+
+def pack(matrices: Array) -> Array:
+    """(n, d, d) symmetric → packed (n, d(d+1)/2)."""
+    rows, columns = triangle(matrices.shape[-1])
+    return matrices[..., rows, columns]
+
+
+def unpack(packed: Array, d: int) -> Array:
+    """Packed (n, d(d+1)/2) → (n, d, d)."""
+    return packed[..., _square(d)]
+
+
+def outer(vectors: Array) -> Array:
+    """v vᵀ of each row: (n, d) → packed (n, d(d+1)/2)."""
+    rows, columns = triangle(vectors.shape[-1])
+    return vectors[..., rows] * vectors[..., columns]
+
+
+def block(packed: Array, d: int, keep: NDArray[np.intp]) -> Array:
+    """The rows and columns ``keep`` (m,) of each matrix: packed (n, ·) → packed (n, m(m+1)/2)."""
+    rows, columns = triangle(len(keep))
+    return packed[:, _square(d)[keep[rows], keep[columns]]]
+
+
+def row(packed: Array, d: int, i: int) -> Array:
+    """Row i of each matrix: packed (n, ·) → (n, d)."""
+    return packed[:, _square(d)[i]]
+
+
+def inner(left: Array, right: Array, d: int) -> Array:
+    """tr(L R) of each pair of symmetric matrices, both packed (n, d(d+1)/2): (n,)."""
+    rows, columns = triangle(d)
+    return (left * right) @ np.where(rows == columns, 1.0, 2.0)
+
+
+def posterior(precision: Array, information: Array) -> Posterior:
+    """Gaussians from their information form.
+
+    Args:
+        precision: packed (n, d(d+1)/2), positive definite.
+        information: (n, d), precision times mean.
+
+    Raises:
+        numpy.linalg.LinAlgError: a precision is not positive definite.
+    """
+    d = information.shape[1]
+    covariance, log_determinant = inverse(precision, d)
+    mean = np.einsum("nij,nj->ni", unpack(covariance, d), information)
+    return Posterior(mean, covariance, -log_determinant)
+
+
+def inverse(packed: Array, d: int) -> tuple[Array, Array]:
+    """Inverses and log-determinants of n positive definite matrices, packed (n, d(d+1)/2).
+
+    Raises:
+        numpy.linalg.LinAlgError: a matrix is not positive definite.
+    """
+    if d > _SWEEP_LIMIT:
+        full = unpack(packed, d)
+        diagonal = np.diagonal(np.linalg.cholesky(full), axis1=1, axis2=2)
+        return pack(np.linalg.inv(full)), 2 * np.log(diagonal).sum(1)
+    inverses, log_determinants = np.empty_like(packed), np.empty(len(packed))
+    step = max(1, _SWEEP_BYTES // (8 * d * d))
+    for start in range(0, len(packed), step):
+        part = slice(start, start + step)
+        inverses[part], log_determinants[part] = _sweep(packed[part], d)
+    return inverses, log_determinants
+
+
+def _sweep(packed: Array, d: int) -> tuple[Array, Array]:
+    """Gauss–Jordan sweep of every pivot, all matrices of the batch at once; pivots of a definite matrix are > 0."""
+    place = _square(d)
+    matrices = np.ascontiguousarray(packed.T)[place]  # (d, d, n): the batch is the fast axis
+    log_determinants = np.zeros(len(packed))
+    change = np.empty_like(matrices)
+    for j in range(d):
+        pivot = matrices[j, j].copy()
+        if not (pivot > 0).all():
+            raise np.linalg.LinAlgError("a precision matrix is not positive definite")
+        log_determinants += np.log(pivot)
+        column = matrices[:, j].copy()
+        scaled = column / pivot
+        np.multiply(column[:, None], scaled[None], out=change)
+        matrices -= change
+        matrices[:, j] = scaled
+        matrices[j] = scaled
+        matrices[j, j] = -1 / pivot
+    rows, columns = triangle(d)
+    return -matrices[rows, columns].T, log_determinants

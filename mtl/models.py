@@ -1,0 +1,204 @@
+"""Model versions: what one retraining learnt, which one is live, and how that is switched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pandas as pd
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from mtl import gaussian, schema
+from mtl.basis import InputPrior
+from mtl.encode import Encoder
+from mtl.errors import StateError
+from mtl.features import Features
+from mtl.gaussian import Array, Posterior
+from mtl.prior import Prior
+from mtl.tables import Tables
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The learnt functions of a model version, stored pickled: load only tables that you trust."""
+
+    user_encoder: Encoder
+    input_encoder: Encoder
+    activity: bool  # whether log-counts of events are the last attribute of users and inputs
+    users: Prior
+    inputs: InputPrior
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model version, without its rows of features and users."""
+
+    version: int
+    status: str
+    k: int
+    mean_label: float
+    noise: float
+    label_min: float
+    label_max: float
+    events_version: int
+    inputs_version: int
+    artefact: Artefact = field(repr=False)
+
+    @property
+    def d(self) -> int:
+        """Length of φ and w: k basis functions and the intercept."""
+        return self.k + 1
+
+    def input_basis(self, attributes: pd.DataFrame) -> Array:
+        """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""
+        return self.artefact.inputs.mean(self._encoded(self.artefact.input_encoder, attributes))
+
+    def features_of_new(self, attributes: pd.DataFrame) -> Features:
+        """Features of inputs that no event is known of, from their attribute rows: g(z) with the residuals' covariance."""
+        mean = self.input_basis(attributes)
+        covariance = np.tile(gaussian.pack(self.artefact.inputs.covariance), (len(mean), 1))
+        return Features.of(mean, covariance, self.mean_label)
+
+    def prior_mean_of_new(self, attributes: pd.DataFrame) -> Array:
+        """Prior means of users that no event was known of in training, (n, d)."""
+        return self.artefact.users.mean(self._encoded(self.artefact.user_encoder, attributes))
+
+    def user_posteriors(self, a: Array, b: Array, prior_mean: Array) -> Posterior:
+        """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
+        precision = self.artefact.users.precision
+        return gaussian.posterior(a / self.noise + gaussian.pack(precision), b / self.noise + prior_mean @ precision)
+
+    def _encoded(self, encoder: Encoder, attributes: pd.DataFrame) -> Array:
+        z = encoder(attributes)
+        return np.column_stack([z, np.zeros(len(z))]) if self.artefact.activity else z
+
+
+def load_model(tables: Tables, version: int | None = None) -> Model:
+    """The model of a version, the live one by default.
+
+    Raises:
+        StateError: there is no such version, or none is live.
+    """
+    models = tables.read(schema.MODELS)
+    wanted = F.col(schema.STATUS) == schema.LIVE if version is None else F.col(schema.MODEL_VERSION) == version
+    rows = models.where(wanted).collect()
+    if not rows:
+        what = (
+            "no model version is live: run jobs/retrain.py"
+            if version is None
+            else f"there is no model version {version}"
+        )
+        raise StateError(f"{what} (tables.root = {tables.root})")
+    row = rows[0]
+    return Model(
+        version=row[schema.MODEL_VERSION],
+        status=row[schema.STATUS],
+        k=row[schema.K],
+        mean_label=row[schema.MEAN_LABEL],
+        noise=row[schema.NOISE],
+        label_min=row[schema.LABEL_MIN],
+        label_max=row[schema.LABEL_MAX],
+        events_version=row[schema.EVENTS_VERSION],
+        inputs_version=row[schema.INPUTS_VERSION],
+        artefact=cloudpickle.loads(row[schema.ARTEFACT]),
+    )
+
+
+def next_version(tables: Tables) -> int:
+    """The number for a new version; rows that a retraining left behind when it died are cleared from under it."""
+    last = tables.read(schema.MODELS).agg(F.max(schema.MODEL_VERSION)).collect()[0][0]
+    version = (last or 0) + 1
+    for table in (schema.FEATURES, schema.USERS):
+        tables.delta(table).delete(F.col(schema.MODEL_VERSION) >= version)
+    return version
+
+
+def publish(
+    tables: Tables, model: Model, objective: tuple[float, ...], n_events: int, metrics: Mapping[str, Any], settings: str
+) -> None:
+    """Append the model's row: from then on the version exists."""
+    row = {
+        schema.MODEL_VERSION: model.version,
+        schema.STATUS: model.status,
+        schema.FORM: "shared_basis",
+        schema.LOSS: "squared",
+        schema.K: model.k,
+        schema.MEAN_LABEL: model.mean_label,
+        schema.NOISE: model.noise,
+        schema.LABEL_MIN: model.label_min,
+        schema.LABEL_MAX: model.label_max,
+        schema.PRIOR_COVARIANCE: gaussian.pack(model.artefact.users.covariance).tolist(),
+        schema.ARTEFACT: cloudpickle.dumps(model.artefact),
+        schema.EVENTS_VERSION: model.events_version,
+        schema.INPUTS_VERSION: model.inputs_version,
+        schema.N_EVENTS: n_events,
+        schema.OBJECTIVE: list(objective),
+        schema.METRICS: json.dumps(metrics),
+        schema.SETTINGS: settings,
+    }
+    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
+    promoted = F.current_timestamp() if model.status == schema.LIVE else F.lit(None).cast("timestamp")
+    tables.append(
+        schema.MODELS,
+        rows.withColumn(schema.CREATED_AT, F.current_timestamp()).withColumn(schema.PROMOTED_AT, promoted),
+    )
+
+
+def versions(tables: Tables) -> DataFrame:
+    """(model_version, status, promoted_at) of every version."""
+    return tables.read(schema.MODELS).select(schema.MODEL_VERSION, schema.STATUS, schema.PROMOTED_AT)
+
+
+def promote(tables: Tables, version: int | None = None) -> dict[str, int | None]:
+    """Make a version live, the newest candidate by default, and retire the one that was; one commit.
+
+    Raises:
+        StateError: there is no such version, or no candidate.
+    """
+    rows = versions(tables).collect()
+    live = next((row[schema.MODEL_VERSION] for row in rows if row[schema.STATUS] == schema.LIVE), None)
+    if version is None:
+        version = max(
+            (row[schema.MODEL_VERSION] for row in rows if row[schema.STATUS] == schema.CANDIDATE), default=None
+        )
+        if version is None:
+            raise StateError("there is no candidate to promote: run jobs/retrain.py, or name a version")
+    elif version not in [row[schema.MODEL_VERSION] for row in rows]:
+        raise StateError(
+            f"there is no model version {version}: there are {sorted(row[schema.MODEL_VERSION] for row in rows)}"
+        )
+    if version != live:
+        _flip(tables.delta(schema.MODELS), version)
+    return {"live": version, "was": live}
+
+
+def rollback(tables: Tables) -> dict[str, int | None]:
+    """Make the version live again that was live before this one.
+
+    Raises:
+        StateError: no other version has been live.
+    """
+    retired = (
+        versions(tables).where(F.col(schema.STATUS) == schema.RETIRED).where(F.col(schema.PROMOTED_AT).isNotNull())
+    )
+    before = retired.orderBy(F.col(schema.PROMOTED_AT).desc()).first()
+    if before is None:
+        raise StateError("no other version has been live: there is nothing to roll back to")
+    return promote(tables, before[schema.MODEL_VERSION])
+
+
+def _flip(models: DeltaTable, version: int) -> None:
+    status, is_new = F.col(schema.STATUS), F.col(schema.MODEL_VERSION) == version
+    models.update(
+        is_new | (status == schema.LIVE),
+        {
+            schema.STATUS: F.when(is_new, schema.LIVE).otherwise(schema.RETIRED),
+            schema.PROMOTED_AT: F.when(is_new, F.current_timestamp()).otherwise(F.col(schema.PROMOTED_AT)),
+        },
+    )

@@ -1,0 +1,86 @@
+"""Any pyspark.ml regressor with a weightCol as an oracle."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyspark.ml.functions import array_to_vector
+from pyspark.ml.util import DefaultParamsReader
+from pyspark.sql import DataFrame, SparkSession
+
+from mtl.basis import Oracle
+from mtl.errors import ConfigError
+from mtl.gaussian import Array
+
+_ROW, _FEATURES, _TARGET, _WEIGHT, _PREDICTION = "row", "features", "target", "weight", "prediction"
+
+
+class SparkRegressor:
+    """A fitted pyspark.ml model as a function on arrays; pickles as the files that Spark's own writer makes."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def predict(self, attributes: Array) -> Array:
+        rows = self.model.transform(_frame(_session(), attributes)).select(_ROW, _PREDICTION).toPandas()
+        return rows.sort_values(_ROW)[_PREDICTION].to_numpy()
+
+    def __getstate__(self) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.write().overwrite().save(f"file://{folder}/model")
+            buffer = BytesIO()
+            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(Path(folder).rglob("*")):
+                    archive.write(file, file.relative_to(folder))
+            return buffer.getvalue()
+
+    def __setstate__(self, files: bytes) -> None:
+        folder = tempfile.mkdtemp()
+        try:
+            zipfile.ZipFile(BytesIO(files)).extractall(folder)
+            self.model = DefaultParamsReader.loadParamsInstance(f"file://{folder}/model", _session())
+        finally:
+            shutil.rmtree(folder)
+
+
+def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
+    """An oracle that fits the estimator ``factory(**params)`` with weights scaled to mean 1.
+
+    Raises:
+        ConfigError: the estimator refuses the parameters or has no weightCol.
+    """
+    columns = {"featuresCol": _FEATURES, "labelCol": _TARGET, "predictionCol": _PREDICTION, "weightCol": _WEIGHT}
+    _session()
+    try:
+        estimator = factory(**params, **columns)
+    except TypeError as error:
+        raise ConfigError(f"oracle.params do not fit {factory.__name__} (it needs a weightCol too): {error}") from None
+
+    def fit(attributes: Array, target: Array, weight: Array) -> SparkRegressor:
+        rows = _frame(_session(), attributes, **{_TARGET: target, _WEIGHT: weight / weight.mean()}).persist()
+        try:
+            return SparkRegressor(estimator.fit(rows))
+        finally:
+            rows.unpersist()
+
+    return fit
+
+
+def _frame(spark: SparkSession, attributes: Array, **columns: Array) -> DataFrame:
+    rows = pd.DataFrame({_ROW: np.arange(len(attributes)), _FEATURES: list(attributes), **columns})
+    return spark.createDataFrame(rows).withColumn(_FEATURES, array_to_vector(_FEATURES))
+
+
+def _session() -> SparkSession:
+    spark = SparkSession.getActiveSession()
+    if spark is None:
+        raise ConfigError("an oracle of kind spark needs a running Spark session")
+    return spark

@@ -1,0 +1,166 @@
+"""Cells of offered files become ids, numbers and times, or a reason for refusing the row; all in Spark's expressions.
+
+Every cast is a try_cast: under ANSI rules a plain one would stop the job at the first bad cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from mtl.errors import InputError
+from mtl.read import MALFORMED, SourceFile, quoted
+from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, RAW, REASON, USER_ID, WEIGHT
+
+EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, EVENT_TIME)
+REQUIRED_EVENT_COLUMNS = (USER_ID, INPUT_ID, LABEL)
+
+_BLANK = "_blank_"
+_NO_TIME = "null"  # no event time reads like this: times are digits
+_YEAR_1, _YEAR_10000 = -62_135_596_800_000_000, 253_402_300_800_000_000  # µs since 1970
+
+
+def text_id(cell: Column, kind: T.DataType) -> Column:
+    """An id as text: numbers without a fraction as integers (1.0 → "1"); empty text, null and NaN → null."""
+    if isinstance(kind, T.DoubleType | T.FloatType | T.DecimalType):
+        whole = (cell % 1 == 0) & (F.abs(cell) < 1e18)
+        text = F.when(whole, cell.try_cast("bigint").cast("string")).otherwise(cell.cast("string"))
+        return text if isinstance(kind, T.DecimalType) else F.when(~F.isnan(cell), text)
+    text = cell.cast("string")
+    return F.when(F.trim(text) != "", text)
+
+
+def number(cell: Column, kind: T.DataType) -> Column:
+    """A double; null where the text is no decimal number. −0 becomes 0."""
+    if isinstance(kind, T.StringType):
+        # Java reads "1d", "2f" and hexadecimals as numbers as well; a person did not mean them so.
+        value = F.when(~cell.rlike("[0-9.][dDfFxX]"), cell.try_cast("double"))
+    elif isinstance(kind, T.FloatType):
+        value = cell.cast("string").try_cast("double")  # 0.1f is 0.1, as a CSV file of the same rows has it
+    else:
+        value = cell.try_cast("double")
+    return F.when(value == 0, 0.0).otherwise(value)
+
+
+def moment(cell: Column, kind: T.DataType) -> Column:
+    """A timestamp from a timestamp, a date, ISO 8601 text (UTC where it names no zone) or an epoch.
+
+    An epoch, a number or its text, counts seconds with fractions; above 1e11 milliseconds, above 1e14
+    microseconds, above 1e17 nanoseconds. What is no time between the years 1 and 9999 becomes null.
+    """
+    if isinstance(kind, T.TimestampType | T.TimestampNTZType | T.DateType):
+        return cell.cast("timestamp")
+    # Decimals, not doubles: an epoch in nanoseconds has more digits than a double.
+    epoch = cell.try_cast("decimal(29,9)")
+    size = F.abs(epoch)
+    micros = (
+        F.when(size <= F.expr("100000000000BD"), F.floor(epoch * F.expr("1000000BD")).try_cast("bigint"))
+        .when(size <= F.expr("100000000000000BD"), F.floor(epoch * F.expr("1000BD")).try_cast("bigint"))
+        .when(size <= F.expr("100000000000000000BD"), F.floor(epoch).try_cast("bigint"))
+        .otherwise(F.floor(epoch / F.expr("1000BD")).try_cast("bigint"))
+    )
+    at = F.when((micros >= _YEAR_1) & (micros < _YEAR_10000), F.timestamp_micros(micros))
+    if isinstance(kind, T.StringType):
+        # Spark reads a bare "12:30" as today; a time without its day is no time here.
+        iso = F.when(cell.rlike(r"^\s*\d{4}-\d"), cell.try_cast("timestamp"))
+        return F.coalesce(at, iso)
+    return at
+
+
+def derived_id() -> Column:
+    """The id of an event that came without one: the same content, whatever the file's format, the same id.
+
+    The first 32 hexadecimal digits of SHA-256 over user_id, input_id, label, weight and event_time in their typed
+    form (doubles as Java prints them, times in microseconds since 1970, "null" for none), joined by U+001F.
+    """
+    time = F.coalesce(F.unix_micros(F.col(EVENT_TIME)).cast("string"), F.lit(_NO_TIME))
+    parts = [F.col(USER_ID), F.col(INPUT_ID), F.col(LABEL).cast("string"), F.col(WEIGHT).cast("string"), time]
+    return F.substring(F.sha2(F.concat_ws("\u001f", *parts), 256), 1, 32)
+
+
+def refusal(format: str, loss: str) -> Column:
+    """All reasons for which a typed row is no event, joined by "; ", or null where there is none.
+
+    Args:
+        format: of the file, to name a malformed line by.
+        loss: of the model; ``logistic`` accepts the labels 0 and 1 only.
+    """
+    label, weight = F.col(LABEL), F.col(WEIGHT)
+    there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME)}
+    reasons = [
+        (F.col(USER_ID).isNull(), f"{USER_ID} is missing"),
+        (F.col(INPUT_ID).isNull(), f"{INPUT_ID} is missing"),
+        (~there[LABEL], f"{LABEL} is missing"),
+        (there[LABEL] & label.isNull(), f"{LABEL} is not a number"),
+        (~_finite(label), f"{LABEL} is not finite"),
+        (there[WEIGHT] & weight.isNull(), f"{WEIGHT} is not a number"),
+        (~_finite(weight), f"{WEIGHT} is not finite"),
+        (_finite(weight) & (weight <= 0), f"{WEIGHT} is not above 0"),
+        (there[EVENT_TIME] & F.col(EVENT_TIME).isNull(), f"{EVENT_TIME} is not understood"),
+    ]
+    if loss == "logistic":
+        reasons.append((_finite(label) & ~label.isin(0.0, 1.0), f"{LABEL} is neither 0 nor 1 (logistic loss)"))
+    found = F.concat_ws("; ", *(F.when(condition, F.lit(reason)) for condition, reason in reasons))
+    return F.when(F.col(MALFORMED).isNotNull(), F.lit(f"malformed {_NAMES[format]}")).otherwise(
+        F.when(found != "", found)
+    )
+
+
+def typed_events(file: SourceFile, found: Mapping[str, str], loss: str) -> DataFrame:
+    """The file's rows as events, with the reason of refusal and, where there is one, the raw row.
+
+    Args:
+        found: our column → the file's, see :func:`mtl.read.match`.
+
+    Raises:
+        InputError: a column's type cannot hold what the column means.
+    """
+
+    def cell(name: str, kinds: tuple[type[T.DataType], ...]) -> tuple[Column, T.DataType]:
+        if name not in found:
+            return F.lit(None).cast("string"), T.StringType()
+        kind = file.kind(found[name])
+        if isinstance(kind, T.NullType):
+            return quoted(found[name]).cast("string"), T.StringType()
+        if not isinstance(kind, kinds):
+            raise InputError(f"{file.path}: column {found[name]} ({name}) has the type {kind.simpleString()}")
+        return quoted(found[name]), kind
+
+    cells = {name: cell(name, (T.StringType, T.NumericType, T.BooleanType)) for name in (LABEL, WEIGHT)}
+    times = (T.StringType, T.NumericType, T.TimestampType, T.TimestampNTZType, T.DateType)
+    cells[EVENT_TIME] = cell(EVENT_TIME, times)
+    ids = {name: cell(name, (T.AtomicType,)) for name in (EVENT_ID, USER_ID, INPUT_ID)}
+    weight = F.when(F.col(_BLANK + WEIGHT), 1.0).otherwise(number(*cells[WEIGHT]))
+    rows = file.rows.select(
+        "*",
+        *(_blank(*cells[name]).alias(_BLANK + name) for name in cells),
+    ).select(
+        F.col(MALFORMED),
+        file.raw().alias(RAW),
+        *(F.col(_BLANK + name) for name in cells),
+        *(text_id(*ids[name]).alias(name) for name in ids),
+        number(*cells[LABEL]).alias(LABEL),
+        weight.alias(WEIGHT),
+        moment(*cells[EVENT_TIME]).alias(EVENT_TIME),
+    )
+    return rows.withColumn(REASON, refusal(file.format, loss)).select(
+        F.coalesce(EVENT_ID, derived_id()).alias(EVENT_ID),
+        *EVENT_COLUMNS[1:],
+        REASON,
+        F.when(F.col(REASON).isNotNull(), F.col(RAW)).alias(RAW),
+    )
+
+
+_NAMES = {"csv": "CSV", "jsonl": "JSON", "parquet": "Parquet"}
+
+
+def _blank(cell: Column, kind: T.DataType) -> Column:
+    return cell.isNull() | (F.trim(cell) == "") if isinstance(kind, T.StringType) else cell.isNull()
+
+
+def _finite(value: Column) -> Column:
+    # Null stays null, so that neither the condition nor its opposite holds.
+    return F.abs(value) < float("inf")

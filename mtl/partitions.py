@@ -1,0 +1,96 @@
+"""Events tables shuffled by user once, into persisted partitions of event blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from mtl import blocks
+from mtl.arrow import lists, matrix
+from mtl.blocks import UserTotals
+from mtl.encode import Encoder
+from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+
+_ATTRIBUTES = "attributes"
+_ATTRIBUTES_TYPE = T.ArrayType(T.DoubleType())
+
+
+def partition_events(
+    events: DataFrame, described: DataFrame | None, width: int, catalogue: pa.Array, partitions: int
+) -> DataFrame:
+    """Rows of :data:`mtl.blocks.ARROW_SCHEMA`, one a hash partition of users, persisted.
+
+    Args:
+        events: user_id, input_id, label, weight.
+        described: of :func:`encode_users`, or None where no user has attributes.
+        width: p of the users' encoded attributes, constant included.
+        catalogue: ids of all inputs; an event of another one is an error of the caller.
+        partitions: number of hash partitions.
+    """
+    context = events.sparkSession.sparkContext
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT)
+    if described is not None:
+        rows = rows.withColumn(_ATTRIBUTES, F.lit(None).cast(_ATTRIBUTES_TYPE)).unionByName(
+            described, allowMissingColumns=True
+        )
+    build = _build_in_arrow(context.broadcast(catalogue), width)
+    return rows.repartition(partitions, USER_ID).mapInArrow(build, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
+
+
+def encode_users(users: DataFrame, encoder: Encoder) -> DataFrame:
+    """(user_id, attributes): every row of the attribute table encoded, in Arrow batches on the workers."""
+    encode = users.sparkSession.sparkContext.broadcast(encoder)
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            z = encode.value(batch.drop_columns([USER_ID]).to_pandas())
+            yield pa.record_batch([batch.column(USER_ID), lists(z)], [USER_ID, _ATTRIBUTES])
+
+    return users.mapInArrow(partition, f"{USER_ID} string, {_ATTRIBUTES} array<double>")
+
+
+def user_totals(partitions: DataFrame) -> UserTotals:
+    """Totals over all users of persisted partitions."""
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for block in blocks.from_arrow(batches):
+            yield pa.record_batch([pa.array([block.totals().gram.tobytes()], pa.binary())], ["gram"])
+
+    rows = partitions.drop("users").mapInArrow(partition, "gram binary").toArrow()
+    grams = [np.frombuffer(row.as_buffer()) for row in rows["gram"]]
+    total = np.sum(grams, axis=0)
+    side = round(len(total) ** 0.5)
+    return UserTotals(total.reshape(side, side))
+
+
+def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        rows = [batch for batch in batches if batch.num_rows]
+        if not rows:
+            return
+        table = pa.Table.from_batches(rows)
+        events, described = table, table.slice(0, 0)
+        attributes = np.empty((0, width))
+        if _ATTRIBUTES in table.column_names:
+            is_event = table[_ATTRIBUTES].is_null()
+            events, described = table.filter(is_event), table.filter(pc.invert(is_event))
+            attributes = matrix(described[_ATTRIBUTES], width)
+        block = blocks.build(
+            events[USER_ID],
+            blocks.index_of(events[INPUT_ID], catalogue.value),
+            events[LABEL].to_numpy(),
+            events[WEIGHT].to_numpy(),
+            described[USER_ID],
+            attributes,
+        )
+        yield blocks.to_arrow(block)
+
+    return partition

@@ -1,0 +1,236 @@
+"""Files that people offer: found, opened as DataFrames, their columns matched with ours.
+
+Nothing here looks at a value: :mod:`mtl.parse` does. Opening a file reads its header, footers or (JSON lines,
+typed CSV) one pass for the names and types of its columns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow
+import pyarrow.parquet
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from mtl.config import IngestSettings
+from mtl.errors import InputError
+
+MALFORMED = "_mtl_malformed"  # the text of a line that is no row, else null
+
+_ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl"}
+_ENDINGS[".ndjson"] = "jsonl"
+_COMPRESSED = (".gz", ".bz2", ".zst", ".snappy", ".deflate", ".lz4")
+_REMOTE = re.compile(r"[A-Za-z][\w+.-]*:/")
+# Spark cannot read timestamps in nanoseconds, which pandas writes: as a number they are an epoch that we know.
+_NANOS_AS_LONG = "spark.sql.legacy.parquet.nanosAsLong"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One offered file or folder: its rows, with the column ``MALFORMED`` beside the file's own ``columns``."""
+
+    path: str
+    format: str
+    rows: DataFrame
+    columns: tuple[str, ...]
+
+    def kind(self, column: str) -> T.DataType:
+        return self.rows.schema[column].dataType
+
+    def raw(self) -> Column:
+        """The row as it came, as JSON; of a line that is no row, its text."""
+        whole = F.to_json(F.struct(*(quoted(name) for name in self.columns)), {"ignoreNullFields": "false"})
+        line = F.to_json(F.struct(F.col(MALFORMED).alias("malformed")))
+        return F.when(F.col(MALFORMED).isNotNull(), line).otherwise(whole)
+
+
+def quoted(name: str) -> Column:
+    """The column of exactly this name, dots and backticks included."""
+    return F.col("`" + name.replace("`", "``") + "`")
+
+
+def parse_renames(text: str) -> dict[str, str]:
+    """``ours=theirs,…`` as a mapping from our name to the file's.
+
+    Raises:
+        InputError: a part is not ours=theirs, or a name is given twice.
+    """
+    renames: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs):
+            raise InputError(f"--columns {part!r}: write ours=theirs, for example input_id=item")
+        if ours in renames or theirs in renames.values():
+            raise InputError(f"--columns {part!r}: {ours if ours in renames else theirs} is renamed twice")
+        renames[ours] = theirs
+    return renames
+
+
+def open_file(spark: SparkSession, path: str, settings: IngestSettings, texts: Collection[str] | None) -> SourceFile:
+    """Open a Parquet, CSV (with header) or JSON-lines file, or a folder of them.
+
+    Args:
+        path: a file or folder, local or by URI.
+        texts: columns of CSV and JSON files to read as text whatever they hold ("007" stays "007"); None: all.
+
+    Raises:
+        InputError: the path is missing, holds no readable file, its format is unknown, or it is empty or corrupt.
+    """
+    format = _format(path, settings.format)
+    with readable(path, format):
+        if format == "parquet":
+            rows = _parquet(spark, path)
+        else:
+            rows = _csv(spark, path, settings, texts) if format == "csv" else _jsonl(spark, path, texts)
+    columns = tuple(name for name in rows.columns if name != MALFORMED)
+    twice = [name for name in columns if [other.lower() for other in columns].count(name.lower()) > 1]
+    if twice:
+        raise InputError(f"{path}: columns {', '.join(twice)} have the same name but for upper and lower case")
+    return SourceFile(path, format, rows, columns)
+
+
+@contextmanager
+def readable(path: str, format: str) -> Iterator[None]:
+    """Turn Spark's account of an unreadable file into one line that names the file."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        cause = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
+        line = " ".join((cause or str(error)).split("JVM stacktrace")[0].split())[:400]
+        raise InputError(f"{path}: cannot be read as {format}: {line}") from None
+
+
+def match(
+    file: SourceFile, renames: Mapping[str, str], ours: Sequence[str], required: Collection[str]
+) -> dict[str, str]:
+    """Which of the file's columns is which of ours.
+
+    A rename whose column the file lacks is passed over where the file has our own name for it: the rename is then
+    meant for another file of the same call.
+
+    Raises:
+        InputError: a renamed or required column is not in the file, or a rename hides a column of our name.
+    """
+    found: dict[str, str] = {}
+    for name in ours:
+        theirs = renames.get(name, name)
+        if theirs in file.columns:
+            if theirs != name and name in file.columns and name not in renames.values():
+                raise InputError(f"{file.path}: --columns {name}={theirs}, but the file has a column {name} as well")
+            found[name] = theirs
+        elif name in file.columns:
+            found[name] = name
+        elif name in renames:
+            raise InputError(f"{file.path}: --columns {name}={theirs}, but {_absence(file, theirs, ours)}")
+        elif name in required:
+            nearest = _nearest(file, name, ours)
+            raise InputError(f"{file.path}: {_absence(file, name, ours)}; if it is, say --columns {name}={nearest}")
+    return found
+
+
+def _absence(file: SourceFile, name: str, ours: Sequence[str]) -> str:
+    return (
+        f"there is no column {name}; the file has {', '.join(file.columns) or 'none'}; "
+        f"the nearest is {_nearest(file, name, ours)}"
+    )
+
+
+def _nearest(file: SourceFile, name: str, ours: Sequence[str]) -> str:
+    """The file's column spelled most like ``name``, of those that are not one of ours already."""
+    lower = {column.lower(): column for column in reversed(file.columns) if column not in ours}
+    return lower[difflib.get_close_matches(name.lower(), lower, 1, 0.0)[0]] if lower else "none"
+
+
+def _format(path: str, configured: str) -> str:
+    files = [path] if _REMOTE.match(path) else _local_files(path)
+    if configured != "auto":
+        return configured
+    formats = {}
+    for file in files:
+        stem, ending = os.path.splitext(file.rstrip("/").lower())
+        if ending in _COMPRESSED:
+            ending = os.path.splitext(stem)[1]
+        if ending not in _ENDINGS:
+            raise InputError(
+                f"{file}: cannot tell its format from its ending {ending!r}; known are {', '.join(_ENDINGS)}; "
+                f"or set ingest.format"
+            )
+        formats[_ENDINGS[ending]] = file
+    if len(formats) > 1:
+        raise InputError(f"{path}: mixes formats: {', '.join(f'{name} ({file})' for name, file in formats.items())}")
+    return next(iter(formats))
+
+
+def _local_files(path: str) -> list[str]:
+    """The files Spark will read: of a folder its own and those in partition folders key=value, hidden ones not."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: there is no such file or folder")
+    if os.path.isfile(path):
+        if os.path.basename(path).startswith((".", "_")):
+            raise InputError(f"{path}: Spark passes over files whose name begins with . or _: rename it")
+        return [path]
+    files = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if "=" in name and not name.startswith((".", "_"))]
+        files += [os.path.join(folder, name) for name in sorted(names) if not name.startswith((".", "_"))]
+    if not files:
+        raise InputError(f"{path}: the folder holds no file to read")
+    return files
+
+
+def _parquet(spark: SparkSession, path: str) -> DataFrame:
+    if not _REMOTE.match(path):
+        # Spark would find a bad footer too, but with its executors' stack traces on the terminal.
+        for file in _local_files(path):
+            try:
+                pyarrow.parquet.read_metadata(file)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{file}: cannot be read as parquet: {error}") from None
+    spark.conf.set(_NANOS_AS_LONG, "true")
+    try:
+        rows = spark.read.option("mergeSchema", "true").parquet(path)
+    finally:
+        spark.conf.unset(_NANOS_AS_LONG)
+    return rows.withColumn(MALFORMED, F.lit(None).cast("string"))
+
+
+def _csv(spark: SparkSession, path: str, settings: IngestSettings, texts: Collection[str] | None) -> DataFrame:
+    options: dict[str, bool | str] = {
+        "header": True,
+        "sep": settings.csv_delimiter,
+        "escape": '"',  # RFC 4180: a quote within quotes is doubled
+        "enforceSchema": False,  # files of a folder must agree in their headers, not only in the number of columns
+        "columnPruning": False,  # a pruned column would hide a line of the wrong length
+        "columnNameOfCorruptRecord": MALFORMED,
+    }
+    # The typed pass looks at every value; the untyped one at the first line only.
+    schema = spark.read.options(**options).option("inferSchema", texts is not None).csv(path).schema
+    if not schema.fields:
+        raise InputError(f"{path}: the file is empty: a CSV file begins with a header line")
+    return spark.read.options(**options).schema(_with_texts(schema, texts)).csv(path)
+
+
+def _jsonl(spark: SparkSession, path: str, texts: Collection[str] | None) -> DataFrame:
+    reader = spark.read.option("columnNameOfCorruptRecord", MALFORMED)
+    schema = reader.option("primitivesAsString", texts is None).json(path).schema
+    if not [name for name in schema.names if name != MALFORMED]:
+        raise InputError(f"{path}: there is no row: a JSON-lines file has one JSON object on each line")
+    return reader.schema(_with_texts(schema, texts)).json(path)
+
+
+def _with_texts(schema: T.StructType, texts: Collection[str] | None) -> T.StructType:
+    fields = [
+        T.StructField(field.name, T.StringType() if texts is None or field.name in texts else field.dataType)
+        for field in schema.fields
+        if field.name != MALFORMED
+    ]
+    return T.StructType([*fields, T.StructField(MALFORMED, T.StringType())])

@@ -119,8 +119,7 @@ def build(
     n_users = len(codes.dictionary)
     row, described = numbers[: len(label)], numbers[len(label) :]
     inputs, place = np.unique(input_index, return_inverse=True)
-    pattern = sp.coo_matrix((weight, (row, place)), shape=(n_users, len(inputs))).tocsr()
-    labelled = sp.coo_matrix((weight * label, (row, place)), shape=(n_users, len(inputs))).tocsr()
+    pattern, labelled = csr(row, place, label, weight, n_users, len(inputs))
     known = np.zeros((n_users, attributes.shape[1]))
     known[:, 0] = 1.0
     known[described] = attributes
@@ -134,6 +133,14 @@ def build(
         labels=labelled.data,
         users=codes.dictionary,
     )
+
+
+def csr(
+    row: NDArray[np.integer], place: NDArray[np.integer], label: Array, weight: Array, n_users: int, n_inputs: int
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Weights c and weighted labels c·y of events as (users, inputs) matrices of one pattern; repeated pairs add."""
+    shape = (n_users, n_inputs)
+    return tuple(sp.coo_matrix((values, (row, place)), shape=shape).tocsr() for values in (weight, weight * label))
 
 
 def to_arrow(block: EventBlock) -> pa.RecordBatch:

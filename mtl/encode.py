@@ -7,9 +7,9 @@
 | lists of categories | one column a frequent category, 1 where the list holds it |
 | longer text | the leading singular vectors of its character trigrams (TF-IDF) |
 
-The first encoded column is the constant 1; the others are centred over the rows the encoder was fitted on, so 0 is the
-average and stands for a row of which nothing is known. Indicators keep their natural scale: a rare category then has few
-observations against its prior, and is shrunk the more.
+The first encoded column is the constant 1; the others are centred over the rows with any value that the encoder was
+fitted on, so 0 is the average and stands for a row of which nothing is known. Indicators keep their natural scale: a rare
+category then has few observations against its prior, and is shrunk the more.
 """
 
 from __future__ import annotations
@@ -96,13 +96,12 @@ class Text:
 
     @classmethod
     def fit(cls, name: str, values: pd.Series, settings: EncodeSettings) -> Text:
-        trigrams = TfidfVectorizer(
-            analyzer="char_wb", ngram_range=(3, 3), min_df=2, max_features=50_000, sublinear_tf=True
-        )
-        dimensions = min(settings.text_dimensions, max(1, values.nunique() - 1))
-        vectorizer = make_pipeline(trigrams, TruncatedSVD(dimensions, random_state=0))
-        variance = vectorizer.fit_transform(_texts(values)).var(0).sum()
-        return cls(name, vectorizer, float(np.sqrt(variance)) or 1.0)
+        trigrams = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3), max_features=50_000, sublinear_tf=True)
+        weighted = trigrams.fit_transform(_texts(values))
+        svd = TruncatedSVD(min(settings.text_dimensions, values.nunique() - 1, weighted.shape[1]), random_state=0)
+        with np.errstate(invalid="ignore"):  # its own account of the variance, where all texts are alike
+            variance = svd.fit_transform(weighted).var(0).sum()
+        return cls(name, make_pipeline(trigrams, svd), float(np.sqrt(variance)) or 1.0)
 
     def __call__(self, values: pd.Series) -> Array:
         return self.vectorizer.transform(_texts(values)) / self.scale
@@ -119,7 +118,7 @@ class Encoder:
     def fit(cls, frame: pd.DataFrame, settings: EncodeSettings) -> Encoder:
         """Choose and fit an encoding for every column of ``frame`` (the key column left out by the caller)."""
         columns = tuple(_column(name, frame[name], settings) for name in frame.columns if frame[name].notna().any())
-        return cls(columns, _side_by_side(columns, frame).mean(0) if len(frame) else np.empty(0))
+        return cls(columns, _side_by_side(columns, frame)[_known(columns, frame)].mean(0) if columns else np.empty(0))
 
     @property
     def width(self) -> int:
@@ -127,8 +126,10 @@ class Encoder:
         return 1 + len(self.centre)
 
     def __call__(self, frame: pd.DataFrame) -> Array:
-        """Encode ``frame``; a column that it lacks counts as missing."""
-        return np.column_stack([np.ones(len(frame)), _side_by_side(self.columns, frame) - self.centre])
+        """Encode ``frame``; a column that it lacks counts as missing, and a row without any value is the average."""
+        encoded = _side_by_side(self.columns, frame) - self.centre
+        encoded[~_known(self.columns, frame)] = 0.0
+        return np.column_stack([np.ones(len(frame)), encoded])
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _column(name: str, values: pd.Series, settings: EncodeSettings) -> ColumnEnc
         return Categories.fit(name, values, True, settings)
     if isinstance(first, str):
         words = known.str.split().str.len().mean()
-        if words >= _TEXT_WORDS and known.nunique() > _TEXT_DISTINCT * len(known):
+        if words >= _TEXT_WORDS and known.nunique() > max(1, _TEXT_DISTINCT * len(known)):
             return Text.fit(name, values, settings)
         return Categories.fit(name, values, False, settings)
     return Number.fit(name, values)
@@ -167,6 +168,11 @@ def _side_by_side(columns: Sequence[ColumnEncoder], frame: pd.DataFrame) -> Arra
     return np.concatenate([np.empty((len(frame), 0)), *parts], axis=1)
 
 
+def _known(columns: Sequence[ColumnEncoder], frame: pd.DataFrame) -> np.ndarray:
+    """(n,): which rows have a value in any of the columns."""
+    return frame.reindex(columns=[column.name for column in columns]).notna().any(axis=1).to_numpy()
+
+
 def _numbers(values: pd.Series) -> Array:
     return pd.to_numeric(values, errors="coerce").to_numpy(float)
 
@@ -174,7 +180,10 @@ def _numbers(values: pd.Series) -> Array:
 def _rows(values: pd.Series, many: bool) -> Iterable[Iterable[Hashable]]:
     """The categories of each row, none where the value is missing."""
     one: Callable = (
-        (lambda value: () if value is None else value) if many else (lambda value: () if pd.isna(value) else (value,))
+        # A missing list is None in a column and NaN after a join.
+        (lambda value: () if value is None or isinstance(value, float) else value)
+        if many
+        else (lambda value: () if pd.isna(value) else (value,))
     )
     return map(one, values)
 

@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 # Below this dimension one sweep vectorized over the batch beats a LAPACK call per matrix.
 _SWEEP_LIMIT = 30
 _SWEEP_BYTES = 1 << 19  # a block of matrices that stays in the second-level cache
+_NOT_DEFINITE = "a precision matrix is not positive definite"
 
 
 class Posterior(NamedTuple):
@@ -106,6 +107,8 @@ def inverse(packed: Array, d: int) -> tuple[Array, Array]:
     if d > _SWEEP_LIMIT:
         full = unpack(packed, d)
         diagonal = np.diagonal(np.linalg.cholesky(full), axis1=1, axis2=2)
+        if not (diagonal > 0).all():  # NaN, which LAPACK lets pass
+            raise np.linalg.LinAlgError(_NOT_DEFINITE)
         return pack(np.linalg.inv(full)), 2 * np.log(diagonal).sum(1)
     inverses, log_determinants = np.empty_like(packed), np.empty(len(packed))
     step = max(1, _SWEEP_BYTES // (8 * d * d))
@@ -124,7 +127,7 @@ def _sweep(packed: Array, d: int) -> tuple[Array, Array]:
     for j in range(d):
         pivot = matrices[j, j].copy()
         if not (pivot > 0).all():
-            raise np.linalg.LinAlgError("a precision matrix is not positive definite")
+            raise np.linalg.LinAlgError(_NOT_DEFINITE)
         log_determinants += np.log(pivot)
         column = matrices[:, j].copy()
         scaled = column / pivot

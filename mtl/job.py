@@ -51,7 +51,7 @@ def run(name: str, description: str, work: Work, arguments: Arguments | None = N
     )
     parsed = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-    logging.getLogger("py4j").setLevel(logging.ERROR)
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a failed batch is reported once, by us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         settings = load_settings(parsed.conf, parsed.set)

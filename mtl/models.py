@@ -69,6 +69,11 @@ class Model:
         """Prior means of users that no event was known of in training, (n, d)."""
         return self.artefact.users.mean(self._encoded(self.artefact.user_encoder, attributes))
 
+    @property
+    def prior_mean_of_unknown(self) -> Array:
+        """Prior mean of a user of whom nothing is known, (d,)."""
+        return self.prior_mean_of_new(pd.DataFrame(index=[0]))[0]
+
     def user_posteriors(self, a: Array, b: Array, prior_mean: Array) -> Posterior:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
         precision = self.artefact.users.precision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from mtl.config import Settings
 from mtl.encode import Activity, Encoder
 from mtl.engine import SparkEngine, UserStep
 from mtl.errors import StateError
-from mtl.features import Features, feature_rows
+from mtl.features import feature_rows
 from mtl.models import Artefact, Model
 from mtl.oracle import make_oracle
 from mtl.partitions import encode_users, partition_events, user_totals

@@ -93,7 +93,7 @@ def _table(*fields: tuple[str, T.DataType]) -> T.StructType:
     return T.StructType([T.StructField(name, kind) for name, kind in fields])
 
 
-_VECTOR = T.ArrayType(T.DoubleType(), containsNull=False)
+_VECTOR = T.ArrayType(T.DoubleType())
 _EVENT = (
     (EVENT_ID, T.StringType()),
     (USER_ID, T.StringType()),

@@ -10,8 +10,10 @@ from pathlib import Path
 import pyspark
 from pyspark.sql import SparkSession
 
-from mtl.config import SparkSettings
+from mtl.config import DEFAULTS, SparkSettings
 from mtl.errors import StateError
+
+_LOGGING = DEFAULTS.with_name("log4j2.properties")
 
 
 def jars_folder() -> Path:
@@ -52,6 +54,7 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
                 "spark.driver.host": "127.0.0.1",
                 "spark.driver.bindAddress": "127.0.0.1",
                 "spark.ui.enabled": "false",
+                "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
                 "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "oracle-mtl-warehouse"),
             }
     builder = SparkSession.builder.appName(name)

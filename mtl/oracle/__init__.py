@@ -26,5 +26,7 @@ def make_oracle(settings: OracleSettings) -> Oracle | None:
     if not settings.factory:
         raise ConfigError(f'oracle.kind {settings.kind} needs oracle.factory, such as "sklearn.linear_model:Ridge"')
     factory = load_object("oracle.factory", settings.factory)
+    if not callable(factory):
+        raise ConfigError(f"oracle.factory = {settings.factory!r} is no class of estimators")
     make = scikit_oracle if settings.kind == "sklearn" else spark_oracle
     return make(factory, settings.params)

@@ -21,6 +21,8 @@ def scikit_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
         regressor = factory(**params)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"oracle.params do not fit {factory.__name__}: {error}") from None
+    if not hasattr(regressor, "fit"):
+        raise ConfigError(f"oracle.factory: {factory.__name__} has no fit(X, y, sample_weight=…)")
     fit_parameters = inspect.signature(regressor.fit).parameters
     if "sample_weight" not in fit_parameters and not any(p.kind is p.VAR_KEYWORD for p in fit_parameters.values()):
         raise ConfigError(f"oracle.factory: {factory.__name__}.fit takes no sample_weight")

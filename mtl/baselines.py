@@ -1,0 +1,271 @@
+"""What the model is measured against: means, independent users, and Spark's own matrix factorization.
+
+Each learns from training events and adds a column of predictions to rows of user_id, input_id and others. Events count
+with their weights, except in ALS, which knows none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark.ml.feature import StringIndexer, StringIndexerModel
+from pyspark.ml.recommendation import ALS, ALSModel
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from tqdm import tqdm
+
+from mtl import blocks, gaussian, schema
+from mtl.arrow import lists
+from mtl.config import EvaluateSettings
+from mtl.errors import StateError
+from mtl.gaussian import Array
+from mtl.models import Model
+from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.score import clipped
+from mtl.tables import Tables
+
+log = logging.getLogger("mtl")
+
+GLOBAL_MEAN = "global_mean"
+INPUT_MEAN = "input_mean"
+INDEPENDENT = "independent"
+ALS_BEST = "als"
+NAMES = (GLOBAL_MEAN, INPUT_MEAN, INDEPENDENT, ALS_BEST)
+
+RIDGE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_USERS_AT_ONCE = 1024  # fewer than in training: attributes are more than basis functions
+_ROWS_AT_ONCE = 65_536
+_SPLIT = 1_000_000  # how finely the validation fraction is told
+
+# Columns of our own among the rows' own, whatever those are called.
+_LABEL, _WEIGHT, _USER, _INPUT, _FACTORS = (f"_mtl_{name}" for name in ("label", "weight", "user", "input", "factors"))
+
+
+@dataclass(frozen=True)
+class DescribedInputs:
+    """Encoded attributes of the known inputs and, in one more row, of an input of which nothing is known."""
+
+    ids: pa.Array
+    z: Array  # (inputs + 1, p), first column 1
+
+    @classmethod
+    def of(cls, tables: Tables, model: Model) -> DescribedInputs:
+        """All rows of inputs in the model's own encoding."""
+        attributes = tables.read(schema.INPUTS).toPandas()
+        encode = model.artefact.input_encoder
+        z = [encode(rows) for rows in (attributes.drop(columns=INPUT_ID), pd.DataFrame(index=[0]))]
+        return cls(pa.array(attributes[INPUT_ID], pa.string()), np.concatenate(z))
+
+    def place(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        place = blocks.index_of(ids, self.ids)
+        place[place < 0] = len(self.ids)
+        return place
+
+
+def with_baselines(
+    tables: Tables, model: Model, settings: EvaluateSettings, train: DataFrame, rows: DataFrame
+) -> tuple[DataFrame, dict[str, dict[str, Any]]]:
+    """``rows`` with one column of predictions a baseline, named as in :data:`NAMES`.
+
+    What a baseline leaves to choose is chosen on a part of ``train``, split off by a hash of event_id; it then learns
+    from all of it.
+
+    Args:
+        model: its encoding of input attributes is the independent users' too.
+        train: event_id, user_id, input_id, label, weight; persisted by the caller until the rows have been used.
+
+    Returns:
+        The rows, and the settings that were chosen, by baseline.
+
+    Raises:
+        StateError: there are no events.
+    """
+    mean = train.agg(F.sum(F.col(WEIGHT) * F.col(LABEL)) / F.sum(WEIGHT)).collect()[0][0]
+    if mean is None:
+        raise StateError("there are no events to train the baselines on: run jobs/ingest.py first")
+    context = tables.spark.sparkContext
+    if context.getCheckpointDir() is None and context.master.startswith("local"):
+        context.setCheckpointDir(tempfile.mkdtemp(prefix="oracle-mtl-als-"))
+    validating = held_out(settings.validation_fraction)
+    part, validation = train.where(~validating), train.where(validating)
+    inputs = DescribedInputs.of(tables, model)
+    strength = choose_strength(part, validation, inputs, mean, model)
+    log.info("evaluate: independent ridge, strength %g", strength)
+    als = choose_als(part, validation, mean, settings, model)
+    log.info("evaluate: ALS, rank %d, regularization %g", als.getRank(), als.getRegParam())
+
+    rows = with_input_mean(train, rows.withColumn(GLOBAL_MEAN, F.lit(mean)), mean)
+    rows = with_independent(train, rows, inputs, mean, (strength,)).withColumn(INDEPENDENT, F.col(INDEPENDENT)[0])
+    rows = with_als(als, train, rows)
+    chosen = {
+        INDEPENDENT: {"strength": strength},
+        ALS_BEST: {"rank": als.getRank(), "regularization": als.getRegParam()},
+    }
+    return rows, chosen
+
+
+def held_out(fraction: float) -> Column:
+    """Whether an event is for validation: the same events each time, about ``fraction`` of all."""
+    return F.pmod(F.xxhash64(EVENT_ID), F.lit(_SPLIT)) < int(fraction * _SPLIT)
+
+
+# --- Means ------------------------------------------------------------------------------------------------------------
+
+
+def with_input_mean(train: DataFrame, rows: DataFrame, mean: float) -> DataFrame:
+    """``rows`` with the weighted mean label of their input, ``mean`` where it has no training event."""
+    means = train.groupBy(INPUT_ID).agg((F.sum(F.col(WEIGHT) * F.col(LABEL)) / F.sum(WEIGHT)).alias(INPUT_MEAN))
+    return rows.join(means, INPUT_ID, "left").withColumn(INPUT_MEAN, F.coalesce(INPUT_MEAN, F.lit(mean)))
+
+
+# --- Independent users ------------------------------------------------------------------------------------------------
+
+
+def choose_strength(
+    part: DataFrame, validation: DataFrame, inputs: DescribedInputs, mean: float, model: Model
+) -> float:
+    """The one of :data:`RIDGE_STRENGTHS` with the least squared error on ``validation``."""
+    predicted = with_independent(part, validation, inputs, mean, RIDGE_STRENGTHS)
+    errors = [F.sum((F.col(LABEL) - clipped(F.col(INDEPENDENT)[i], model)) ** 2) for i in range(len(RIDGE_STRENGTHS))]
+    sums = predicted.agg(*(error.alias(f"error{i}") for i, error in enumerate(errors))).collect()[0]
+    # Too few events to have a validation part: shrink as if each attribute had been seen ten times.
+    return RIDGE_STRENGTHS[int(np.argmin(sums))] if sums[0] is not None else 10.0
+
+
+def with_independent(
+    train: DataFrame, rows: DataFrame, inputs: DescribedInputs, mean: float, strengths: Sequence[float]
+) -> DataFrame:
+    """``rows`` with the predictions, an array over ``strengths``, of one ridge regression a user on input attributes.
+
+    A user without training events has weights 0: the global mean.
+    """
+    events = train.select(USER_ID, INPUT_ID, F.col(LABEL).alias(_LABEL), F.col(WEIGHT).alias(_WEIGHT))
+    together = rows.unionByName(events, allowMissingColumns=True)
+    predicted = T.StructType([*rows.schema.fields, T.StructField(INDEPENDENT, T.ArrayType(T.DoubleType()))])
+    shared = rows.sparkSession.sparkContext.broadcast((inputs, mean, tuple(strengths)))
+    return together.repartition(USER_ID).mapInArrow(_independent_in_arrow(shared), predicted)
+
+
+def ridge(
+    user: np.ndarray, place: np.ndarray, label: Array, weight: Array, z: Array, n_users: int, strengths: Sequence[float]
+) -> Array:
+    """(Σ c zzᵀ + λI)⁻¹ Σ c z y for every user and λ: (strengths, users, p).
+
+    Args:
+        user, place: number of the user, and of the input among the rows of z, of each event, (n,).
+        label, weight: y and c, (n,).
+        z: (inputs, p).
+    """
+    weights, labels = blocks.csr(user, place, label, weight, n_users, len(z))
+    w = np.empty((len(strengths), n_users, z.shape[1]))
+    for first in range(0, n_users, _USERS_AT_ONCE):
+        part = slice(first, first + _USERS_AT_ONCE)
+        seen = np.unique(weights[part].indices)
+        gram = weights[part][:, seen] @ gaussian.outer(z[seen])
+        information = labels[part][:, seen] @ z[seen]
+        for i, strength in enumerate(strengths):
+            w[i, part] = gaussian.posterior(gram + gaussian.pack(strength * np.eye(z.shape[1])), information).mean
+    return w
+
+
+def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        batches = [batch for batch in batches if batch.num_rows]
+        if not batches:
+            return
+        inputs, mean, strengths = shared.value
+        table = pa.Table.from_batches(batches)
+        codes = table[USER_ID].combine_chunks().dictionary_encode()
+        user = codes.indices.to_numpy()
+        is_event = table[_LABEL].is_valid().to_numpy()
+        events, rows = table.filter(pa.array(is_event)), table.filter(pa.array(~is_event))
+        w = ridge(
+            user[is_event],
+            inputs.place(events[INPUT_ID]),
+            events[_LABEL].to_numpy() - mean,
+            events[_WEIGHT].to_numpy(),
+            inputs.z,
+            len(codes.dictionary),
+            strengths,
+        )
+        place, predictions = inputs.place(rows[INPUT_ID]), np.empty((len(rows), len(strengths)))
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            of_rows = w[:, user[~is_event][part]]
+            predictions[part] = mean + np.einsum("snp,np->ns", of_rows, inputs.z[place[part]])
+        rows = rows.drop_columns([_LABEL, _WEIGHT]).append_column(INDEPENDENT, lists(predictions))
+        yield from rows.combine_chunks().to_batches()
+
+    return partition
+
+
+# --- Matrix factorization ---------------------------------------------------------------------------------------------
+
+
+def choose_als(part: DataFrame, validation: DataFrame, mean: float, settings: EvaluateSettings, model: Model) -> ALS:
+    """The one of the grid of ranks and regularization with the least squared error on ``validation``."""
+    grid = list(itertools.product(settings.als_ranks, settings.als_regularization))
+    ids = _number_ids(part)
+    train = ids.transform(part).persist()
+    rows = with_input_mean(part, ids.transform(validation), mean).persist()
+    try:
+        blocks = part.sparkSession.sparkContext.defaultParallelism
+        best, least = _als(*grid[0], blocks, settings), np.inf
+        for rank, regularization in tqdm(grid, "ALS grid", unit="setting", disable=None):
+            als = _als(rank, regularization, blocks, settings)
+            predicted = _with_factors(als.fit(train), rows)
+            error = predicted.agg(F.sum((F.col(LABEL) - clipped(F.col(ALS_BEST), model)) ** 2)).collect()[0][0]
+            log.info("evaluate: ALS, rank %d, regularization %g: squared error %s", rank, regularization, error)
+            if error is not None and error < least:
+                best, least = als, error
+        return best
+    finally:
+        train.unpersist()
+        rows.unpersist()
+
+
+def with_als(als: ALS, train: DataFrame, rows: DataFrame) -> DataFrame:
+    """``rows``, which have their input mean, with predictions of ``als`` trained on ``train``.
+
+    Where ALS knows the user or the input not, the prediction is the input mean.
+    """
+    ids = _number_ids(train)
+    return _with_factors(als.fit(ids.transform(train)), ids.transform(rows)).drop(_USER, _INPUT)
+
+
+def _als(rank: int, regularization: float, blocks: int, settings: EvaluateSettings) -> ALS:
+    als = ALS(
+        rank=rank,
+        regParam=regularization,
+        maxIter=settings.als_iterations,
+        userCol=_USER,
+        itemCol=_INPUT,
+        ratingCol=LABEL,
+        coldStartStrategy="nan",
+        checkpointInterval=5,  # a longer lineage overflows the stack of whoever reads the factors
+        seed=0,
+    )
+    # MLlib's ten blocks a side make a hundred small tasks a half-step: five times slower on two cores.
+    return als.setPredictionCol(_FACTORS).setNumBlocks(blocks)
+
+
+def _number_ids(train: DataFrame) -> StringIndexerModel:
+    """MLlib wants whole numbers; an id that is not in ``train`` gets one that no factor has."""
+    indexer = StringIndexer(inputCols=[USER_ID, INPUT_ID], outputCols=[_USER, _INPUT], handleInvalid="keep")
+    return indexer.fit(train)
+
+
+def _with_factors(model: ALSModel, rows: DataFrame) -> DataFrame:
+    factors = F.col(_FACTORS).cast("double")
+    predicted = model.transform(rows)
+    prediction = F.when(~F.isnan(factors), factors).otherwise(F.col(INPUT_MEAN))
+    return predicted.withColumn(ALS_BEST, prediction).drop(_FACTORS)

@@ -1,0 +1,151 @@
+"""How well the live model version predicts events that it has not seen, beside the baselines."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import functions as F
+
+from mtl import baselines, schema
+from mtl.config import Settings
+from mtl.errors import InputError
+from mtl.models import Model, load_model
+from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
+from mtl.read import match, open_file, readable
+from mtl.schema import INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, REASON, USER_ID
+from mtl.score import PREDICTION, STD, clipped, score
+from mtl.tables import Tables
+
+log = logging.getLogger("mtl")
+
+# Users are grouped by their number of events: from one edge to below the next.
+EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)
+_WITHIN = NormalDist().inv_cdf(0.95)  # standard deviations either side that hold 90%
+
+_FROM = "from"
+
+
+def evaluate(
+    tables: Tables,
+    settings: Settings,
+    events: str,
+    columns: Mapping[str, str] | None = None,
+    with_baselines: bool = False,
+) -> dict[str, Any]:
+    """Errors of the live version on a file of events, read as ingest reads it; nothing is written.
+
+    Predictions are clipped to the labels' range in training, those of the baselines too; every row counts once.
+
+    Args:
+        events: a file or folder, see :func:`mtl.read.open_file`.
+        columns: our column name → the file's.
+        with_baselines: train :mod:`mtl.baselines` on the events table and measure them on the same rows.
+
+    Returns:
+        model_version; n, rmse, mae (label units); coverage90, the share of labels inside the 90% interval;
+        by_user_events, the same by the user's number of events in the model; baselines; seconds.
+
+    Raises:
+        InputError: the file cannot be read as asked, is empty, or has a row that ingest would refuse.
+        StateError: no version is live, or there are no events for the baselines.
+    """
+    started = time.monotonic()
+    model = load_model(tables)
+    rows = read_events(tables, settings, events, columns or {}).persist()
+    train = tables.read(schema.EVENTS).persist()
+    try:
+        check(rows, events)
+        scored = score(tables, model, rows.select(USER_ID, INPUT_ID, LABEL))
+        names: tuple[str, ...] = ()
+        chosen: dict[str, dict[str, Any]] = {}
+        if with_baselines:
+            names = baselines.NAMES
+            scored, chosen = baselines.with_baselines(tables, model, settings.evaluate, train, scored)
+        users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).select(USER_ID, N_EVENTS)
+        groups = _sums(scored.join(users, USER_ID, "left"), model, names)
+    finally:
+        train.unpersist()
+        rows.unpersist()
+    return {
+        "model_version": model.version,
+        **_errors(groups, PREDICTION),
+        "n": sum(group["n"] for group in groups),
+        "coverage90": _share(groups, "inside"),
+        "by_user_events": [
+            {
+                _FROM: group[_FROM],
+                "n": group["n"],
+                "users": group["users"],
+                **_errors([group], PREDICTION),
+                "baselines": {name: _errors([group], name) for name in names},
+            }
+            for group in groups
+        ],
+        **({"baselines": {name: _errors(groups, name) | chosen.get(name, {}) for name in names}} if names else {}),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> DataFrame:
+    """The rows of a file of events as ingest would type them, with the reason where it would refuse one.
+
+    Raises:
+        InputError: the file cannot be read as asked.
+    """
+    file = open_file(tables.spark, path, settings.ingest, texts=None)
+    found = match(file, columns, EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS)
+    for ours, theirs in columns.items():
+        if found.get(ours) != theirs:
+            raise InputError(f"--columns {ours}={theirs}: {path} has no column {theirs} to rename")
+    return typed_events(file, found, settings.model.loss).select(USER_ID, INPUT_ID, LABEL, REASON)
+
+
+def check(rows: DataFrame, path: str) -> None:
+    """Refuse a file without events, or with any row that is none.
+
+    Raises:
+        InputError: names how many rows are refused, and the reason of one.
+    """
+    with readable(path, "events"):
+        n, refused, reason = rows.agg(F.count("*"), F.count(REASON), F.first(REASON, ignorenulls=True)).collect()[0]
+    if refused:
+        raise InputError(f"{path}: {refused} of {n} rows cannot be used; the first: {reason}")
+    if not n:
+        raise InputError(f"{path}: there is no event to evaluate on")
+
+
+def _sums(scored: DataFrame, model: Model, names: tuple[str, ...]) -> list[Row]:
+    """Sums of errors over groups of users by their number of events, in that order."""
+    label = F.col(LABEL)
+
+    def errors(name: str) -> list[Column]:
+        error = label - clipped(F.col(name), model)
+        return [F.sum(error**2).alias(f"{name}_squared"), F.sum(F.abs(error)).alias(f"{name}_absolute")]
+
+    n_events = F.coalesce(F.col(N_EVENTS), F.lit(0))
+    group = F.greatest(*(F.when(n_events >= edge, edge) for edge in EDGES), F.lit(0))
+    inside = F.abs(label - F.col(PREDICTION)) <= _WITHIN * F.col(STD)
+    sums = (
+        scored.groupBy(group.alias(_FROM))
+        .agg(
+            F.count("*").alias("n"),
+            F.count_distinct(USER_ID).alias("users"),
+            F.sum(inside.cast("long")).alias("inside"),
+            *(column for name in (PREDICTION, *names) for column in errors(name)),
+        )
+        .collect()
+    )
+    return sorted(sums, key=lambda row: row[_FROM])
+
+
+def _errors(groups: list[Row], name: str) -> dict[str, float]:
+    return {"rmse": _share(groups, f"{name}_squared") ** 0.5, "mae": _share(groups, f"{name}_absolute")}
+
+
+def _share(groups: list[Row], name: str) -> float:
+    return sum(group[name] for group in groups) / sum(group["n"] for group in groups)

@@ -1,0 +1,54 @@
+"""Features of inputs that came after training: evaluated by the stored oracle, kept in the shared cache."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from mtl import schema
+from mtl.features import feature_rows
+from mtl.models import Model
+from mtl.schema import INPUT_ID, MODEL_VERSION
+from mtl.tables import Tables
+
+log = logging.getLogger("mtl")
+
+_AT_ONCE = 100_000  # inputs evaluated and written in one commit
+
+
+def features_of(tables: Tables, model: Model) -> DataFrame:
+    """Rows of the features table of the model's version."""
+    return tables.read(schema.FEATURES).where(F.col(MODEL_VERSION) == model.version)
+
+
+def materialize(tables: Tables, model: Model, only: DataFrame | None = None) -> int:
+    """Write features for inputs that have attributes but no features of this model version; how many there were.
+
+    An insert-only MERGE: two that run at once cannot both write an input.
+
+    Args:
+        only: look at these inputs (input_id) alone.
+    """
+    inputs = tables.read(schema.INPUTS)
+    if only is not None:
+        inputs = inputs.join(F.broadcast(only), INPUT_ID, "left_semi")
+    missing = inputs.join(features_of(tables, model), INPUT_ID, "left_anti").toPandas()
+    for first in range(0, len(missing), _AT_ONCE):
+        insert_features(tables, model, missing.iloc[first : first + _AT_ONCE])
+    if len(missing):
+        log.info("materialize: %d new inputs for model version %d", len(missing), model.version)
+    return len(missing)
+
+
+def insert_features(tables: Tables, model: Model, attributes: pd.DataFrame) -> None:
+    features = model.features_of_new(attributes.drop(columns=INPUT_ID))
+    ids = pa.array(attributes[INPUT_ID], pa.string())
+    rows = feature_rows(model.version, ids, features, np.zeros_like(features.phi))
+    source = tables.spark.createDataFrame(rows).alias("new")
+    same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
+    tables.delta(schema.FEATURES).alias("stored").merge(source, same).whenNotMatchedInsertAll().execute()

@@ -1,0 +1,148 @@
+"""Predictions with their uncertainty for many (user, input) pairs at once.
+
+With w_u ~ N(w, V) and φ of mean φ and second moment M, all given,
+
+    prediction = o + w·φ        variance = σ² + tr(V M) + wᵀ(M − φφᵀ)w
+
+The variance of the offset o, and with it cov(o, φ), is not stored with the features and so left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from mtl import blocks, features, gaussian, schema
+from mtl.arrow import matrix
+from mtl.blocks import index_of
+from mtl.features import Features
+from mtl.gaussian import Array
+from mtl.materialize import features_of
+from mtl.models import Model
+from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.tables import Tables
+from mtl.users import SharedInputs, prior_means
+
+PREDICTION = "prediction"
+STD = "std"
+
+# A user's state travels among the rows, under names that no row's own column has.
+_STATE = {name: f"_mtl_{name}" for name in (schema.A, schema.B, schema.PRIOR_MEAN)}
+_ROWS_AT_ONCE = 16_384  # rows whose packed moments are gathered at once
+
+
+def score(tables: Tables, model: Model, rows: DataFrame) -> DataFrame:
+    """``rows`` with ``prediction`` and ``std``, the standard deviation of a label about it (label units).
+
+    A user without a row in users has the prior, its mean by the user's attributes where there are any. An input without
+    features has those that the oracle gives its attributes; without attributes either, those of an empty attribute row.
+
+    Args:
+        rows: user_id and input_id, neither null, and any other columns. Read twice: persist what is dear.
+
+    Returns:
+        The columns of ``rows`` in their order, then the two; in no particular order of rows.
+    """
+    wanted = rows.select(USER_ID).distinct()
+    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).join(wanted, USER_ID, "left_semi")
+    states = users.select(USER_ID, *_STATE).withColumnsRenamed(_STATE)
+    attributes = tables.read(schema.USER_ATTRIBUTES)
+    if len(attributes.columns) > 1:
+        unknown = wanted.join(users, USER_ID, "left_anti")
+        described = prior_means(attributes.join(unknown, USER_ID, "left_semi"), model)
+        states = states.unionByName(described.withColumnsRenamed(_STATE), allowMissingColumns=True)
+    inputs = inputs_of(tables, model, rows.select(INPUT_ID).distinct())
+    shared = rows.sparkSession.sparkContext.broadcast((model, inputs))
+    scored = T.StructType([*rows.schema.fields, *(T.StructField(name, T.DoubleType()) for name in (PREDICTION, STD))])
+    together = rows.unionByName(states, allowMissingColumns=True)
+    return together.repartition(USER_ID).mapInArrow(_score_in_arrow(shared), scored)
+
+
+def clipped(prediction: Column, model: Model) -> Column:
+    """The prediction, no further out than the labels that the model was trained on."""
+    return F.greatest(F.least(prediction, F.lit(model.label_max)), F.lit(model.label_min))
+
+
+def inputs_of(tables: Tables, model: Model, wanted: DataFrame) -> SharedInputs:
+    """Features of the inputs ``wanted`` (input_id, distinct), and one more row, without an id, for an unknown input."""
+    rows = wanted.join(features_of(tables, model), INPUT_ID, "left").toArrow()
+    is_known = rows[schema.PHI].is_valid()
+    known, missing = rows.filter(is_known), rows.filter(pc.invert(is_known))[INPUT_ID]
+    attributes = pd.DataFrame({INPUT_ID: []})
+    if len(missing):
+        ids = tables.spark.createDataFrame(pa.table({INPUT_ID: missing}))
+        attributes = tables.read(schema.INPUTS).join(F.broadcast(ids), INPUT_ID, "left_semi").toPandas()
+    ids = pa.concat_arrays([known[INPUT_ID].combine_chunks(), pa.array(attributes[INPUT_ID], pa.string())])
+    parts = [features.from_rows(known, model.d)]
+    parts += [model.features_of_new(frame) for frame in (attributes.drop(columns=INPUT_ID), pd.DataFrame(index=[0]))]
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return SharedInputs(ids, Features(*map(np.concatenate, columns)))
+
+
+def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
+    """Rows and states of some users, told apart by their nulls → the rows with prediction and std.
+
+    Args:
+        table: the rows' columns, null where a row is a state; a, b and prior_mean (under the names of ``_STATE``) of
+            states; prior_mean alone of users that are described by attributes.
+        inputs: as :func:`inputs_of` has them; an input that is not among them is unknown.
+    """
+    is_row = table[INPUT_ID].is_valid().to_numpy()
+    codes = table[USER_ID].combine_chunks().dictionary_encode()
+    row, n_users = codes.indices.to_numpy(), len(codes.dictionary)
+    a, b, prior_mean = _states(table, row, n_users, model)
+
+    rows = table.filter(pa.array(is_row)).drop_columns(list(_STATE.values()))
+    place = index_of(rows[INPUT_ID], inputs.ids)
+    place[place < 0] = len(inputs.ids)
+    w, second = _moments(a, b, prior_mean, model)
+    prediction, variance = np.empty(len(place)), np.empty(len(place))
+    for first in range(0, len(place), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        user, shared = row[is_row][part], inputs.features.take(place[part])
+        known = np.einsum("nd,nd->n", w[user], shared.phi)
+        prediction[part] = shared.offset + known
+        # tr(V M) + wᵀ(M − φφᵀ)w = tr((V + wwᵀ) M) − (w·φ)²
+        variance[part] = model.noise + gaussian.inner(second[user], shared.second_moment, model.d) - known**2
+    std = np.sqrt(np.maximum(variance, model.noise))  # rounding must not take what the noise alone gives
+    return rows.append_column(PREDICTION, pa.array(prediction)).append_column(STD, pa.array(std))
+
+
+def _states(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> tuple[Array, Array, Array]:
+    """a, b and prior means of the partition's users; without a state 0, 0 and what is known of them."""
+    d = model.d
+    a, b = np.zeros((n_users, gaussian.packed_length(d))), np.zeros((n_users, d))
+    prior_mean = np.tile(model.prior_mean_of_unknown, (n_users, 1))
+    is_state, has_mean = (table[_STATE[name]].is_valid().to_numpy() for name in (schema.A, schema.PRIOR_MEAN))
+    prior_mean[row[has_mean]] = matrix(table[_STATE[schema.PRIOR_MEAN]].filter(pa.array(has_mean)), d)
+    states = table.filter(pa.array(is_state))
+    a[row[is_state]] = matrix(states[_STATE[schema.A]], a.shape[1])
+    b[row[is_state]] = matrix(states[_STATE[schema.B]], d)
+    return a, b, prior_mean
+
+
+def _moments(a: Array, b: Array, prior_mean: Array, model: Model) -> tuple[Array, Array]:
+    """Users' posterior means w, (n, d), and V + wwᵀ, packed."""
+    w, second = np.empty_like(b), np.empty_like(a)
+    for first in range(0, len(b), blocks.USERS_AT_ONCE):
+        part = slice(first, first + blocks.USERS_AT_ONCE)
+        users = model.user_posteriors(a[part], b[part], prior_mean[part])
+        w[part], second[part] = users.mean, users.covariance + gaussian.outer(users.mean)
+    return w, second
+
+
+def _score_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        table = [batch for batch in batches if batch.num_rows]
+        if table:
+            yield from add_scores(pa.Table.from_batches(table), *shared.value).combine_chunks().to_batches()
+
+    return partition

@@ -1,0 +1,126 @@
+"""Per-user state: events added to the users they belong to, one vectorized call for all users of a hash partition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
+
+from mtl import alternation, blocks, gaussian, schema
+from mtl.arrow import lists, matrix
+from mtl.features import Features
+from mtl.gaussian import Array
+from mtl.models import Model
+from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+
+_STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
+WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS)
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What the workers need of the inputs: ids and features, in the same order."""
+
+    ids: pa.Array
+    features: Features = field(repr=False)
+
+
+def updated_users(
+    events: DataFrame,
+    states: DataFrame,
+    described: DataFrame | None,
+    model: Model,
+    inputs: SharedInputs,
+    partitions: int,
+) -> DataFrame:
+    """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
+
+    Args:
+        events: user_id, input_id, label, weight; every input among ``inputs``.
+        states: rows of the users table (of the model's version) of those users that have one.
+        described: of :func:`prior_means`, for users without a row; None where no user has attributes.
+        partitions: hash partitions of users.
+    """
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT).unionByName(
+        states.select(USER_ID, *_STATE), allowMissingColumns=True
+    )
+    if described is not None:
+        rows = rows.unionByName(described, allowMissingColumns=True)
+    update = _update_in_arrow(events.sparkSession.sparkContext.broadcast((model, inputs)))
+    kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
+    return rows.repartition(partitions, USER_ID).mapInArrow(
+        update, ", ".join(f"{name} {kinds[name]}" for name in WRITTEN)
+    )
+
+
+def prior_means(users: DataFrame, model: Model) -> DataFrame:
+    """(user_id, prior_mean) of rows of the user attributes table, in Arrow batches on the workers."""
+    shared = users.sparkSession.sparkContext.broadcast(model)
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            means = shared.value.prior_mean_of_new(batch.drop_columns([USER_ID]).to_pandas())
+            yield pa.record_batch([batch.column(USER_ID), lists(means)], [USER_ID, schema.PRIOR_MEAN])
+
+    return users.mapInArrow(partition, f"{USER_ID} string, {schema.PRIOR_MEAN} array<double>")
+
+
+def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean: Array) -> pa.RecordBatch:
+    """Events, states and prior means of some users, told apart by their nulls → their new rows.
+
+    Args:
+        table: columns user_id; input_id, label, weight of events; a, b, n_events, prior_mean of states; prior_mean
+            alone of described users.
+        default_mean: prior mean of a user of whom nothing is known, (d,).
+    """
+    d = model.d
+    codes = table[USER_ID].combine_chunks().dictionary_encode()
+    users, row = codes.dictionary, codes.indices.to_numpy()
+    is_event, is_state = (table[name].is_valid().to_numpy() for name in (INPUT_ID, schema.A))
+    has_mean = table[schema.PRIOR_MEAN].is_valid().to_numpy()
+
+    a = np.zeros((len(users), gaussian.packed_length(d)))
+    b, n_events = np.zeros((len(users), d)), np.zeros(len(users), np.int64)
+    prior_mean = np.tile(default_mean, (len(users), 1))
+    for wanted in (has_mean & ~is_state, is_state):  # a state's own prior mean has the last word
+        prior_mean[row[wanted]] = matrix(table[schema.PRIOR_MEAN].filter(pa.array(wanted)), d)
+    if is_state.any():
+        states = table.filter(pa.array(is_state))
+        a[row[is_state]] = matrix(states[schema.A], a.shape[1])
+        b[row[is_state]] = matrix(states[schema.B], d)
+        n_events[row[is_state]] = states[schema.N_EVENTS].to_numpy()
+
+    events = table.filter(pa.array(is_event)) if not is_event.all() else table
+    place = blocks.index_of(events[INPUT_ID], inputs.ids)
+    if (place < 0).any():
+        unknown = pc.filter(events[INPUT_ID], pa.array(place < 0))[0]
+        raise ValueError(f"input {unknown} has no features of model version {model.version}")
+    weights, labels = blocks.csr(
+        row[is_event], place, events[LABEL].to_numpy(), events[WEIGHT].to_numpy(), len(users), len(inputs.ids)
+    )
+    n_events += np.bincount(row[is_event], minlength=len(users))
+    w = np.empty_like(b)
+    for first in range(0, len(users), blocks.USERS_AT_ONCE):
+        part = slice(first, first + blocks.USERS_AT_ONCE)
+        added_a, added_b = alternation.user_sums(weights[part], labels[part], inputs.features)
+        a[part] += added_a
+        b[part] += added_b
+        w[part] = model.user_posteriors(a[part], b[part], prior_mean[part]).mean
+    columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events)]
+    touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)
+    return pa.record_batch(columns, list(WRITTEN)).filter(touched)
+
+
+def _update_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        rows = [batch for batch in batches if batch.num_rows]
+        if rows:
+            model, inputs = shared.value
+            yield add_events(pa.Table.from_batches(rows), model, inputs, model.prior_mean_of_unknown)
+
+    return partition

@@ -1,0 +1,243 @@
+"""Training: the objective never rises, what was planted is found, and odd shapes of data are survived."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, planted
+from sklearn.tree import DecisionTreeRegressor
+
+from mtl import alternation, gaussian
+from mtl.basis import Oracle, OracleBasis
+from mtl.features import Features
+from mtl.oracle.linear import fit_ridge
+from mtl.train import Fit, Schedule
+
+problems = st.builds(
+    planted,
+    seed=st.integers(0, 2**32 - 1),
+    users=st.integers(1, 12),
+    inputs=st.integers(1, 12),
+    k=st.integers(1, 3),
+    events=st.integers(2, 100),
+    noise=st.sampled_from([0.0, 0.1, 1.0]),
+    attributes=st.integers(0, 3),
+    weighted=st.booleans(),
+).filter(lambda problem: np.ptp(problem.label) > 0.01)
+
+
+def fit_tree(attributes, target, weight):
+    return DecisionTreeRegressor(max_depth=2, random_state=0).fit(attributes, target, sample_weight=weight)
+
+
+def featureless(problem: Problem) -> Problem:
+    """Inputs without attributes: the identity oracle, which is matrix factorization."""
+    return replace(problem, input_attributes=np.ones((len(problem.input_attributes), 1)))
+
+
+def assert_never_rises(problem: Problem, fit: Fit) -> None:
+    # The error is a difference of sums of squares: near a perfect fit its rounding is divided by a tiny noise.
+    rounding = 100 * np.finfo(float).eps * (problem.weight @ problem.label**2) / fit.noise
+    allowed = 1e-9 * np.abs(fit.objective).max() + rounding
+    rises = [after - before for before, after in pairwise(fit.objective)]
+    assert max(rises, default=0.0) <= allowed
+
+
+def test_the_objective_never_rises_for_factorization_and_for_a_linear_basis_in_closed_form() -> None:
+    @settings(max_examples=150, deadline=None)
+    @given(problems, st.integers(1, 3), st.booleans())
+    def check(problem: Problem, k: int, with_attributes: bool) -> None:
+        problem = problem if with_attributes else featureless(problem)
+        fit = problem.train(k, Schedule(8))
+        assert np.isfinite(fit.objective).all()
+        assert_never_rises(problem, fit)
+
+    check()
+
+
+# Not even for an oracle that minimizes something else (a ridge penalty) or only approximately (a shallow tree): a fit
+# that would raise the objective is refused.
+@pytest.mark.parametrize("oracle", [fit_ridge, fit_tree])
+def test_the_objective_never_rises_whatever_the_oracle(oracle: Oracle) -> None:
+    @settings(max_examples=60, deadline=None)
+    @given(problems, st.integers(1, 3), st.booleans())
+    def check(problem: Problem, k: int, residual: bool) -> None:
+        fit = problem.train(k, Schedule(6), oracle, residual)
+        assert np.isfinite(fit.objective).all()
+        assert_never_rises(problem, fit)
+
+    check()
+
+
+def test_without_the_guard_of_the_oracles_fits_the_objective_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rises() -> bool:
+        fits = [planted(seed).train(2, Schedule(10), fit_ridge, residual=False) for seed in range(5)]
+        return any(np.diff(fit.objective).max() > 1e-3 for fit in fits)
+
+    assert not rises()
+
+    def unguarded(basis: OracleBasis, precision, information, attributes, noise) -> OracleBasis:
+        A, g, functions = gaussian.unpack(precision, 3), basis.mean(attributes).copy(), []
+        for i in range(3):
+            gradient = information[:, i] - np.einsum("nl,nl->n", A[:, i], g)
+            functions.append(fit_ridge(attributes, g[:, i] + gradient / A[:, i, i], A[:, i, i] / noise))
+            g[:, i] = functions[i].predict(attributes)
+        return replace(basis, functions=tuple(functions), _known=None)
+
+    monkeypatch.setattr(OracleBasis, "refit", unguarded)
+    assert rises()
+
+
+# --- What is learnt ---------------------------------------------------------------------------------------------------
+
+
+def predictions(engine, fit: Fit, problem: Problem, events: Problem) -> np.ndarray:
+    """Labels expected of ``events`` by the trained users and inputs."""
+    features = engine.features
+    block = problem.block()
+    users = fit.users.posteriors(
+        *alternation.user_sums(block.weight_matrix, block.label_matrix, features.take(block.inputs)),
+        block.attributes,
+        fit.noise,
+    )
+    place = {name: i for i, name in enumerate(block.users.to_pylist())}
+    rows = [place[f"u{u}"] for u in events.user]
+    return features.offset[events.input] + np.sum(users.mean[rows] * features.phi[events.input], axis=1)
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_a_planted_model_is_recovered_almost_to_the_noise_and_a_rank_too_many_does_no_harm(k: int) -> None:
+    whole = planted(0, users=150, inputs=80, k=2, events=6000, noise=0.3, weighted=False)
+    held_out = np.arange(len(whole)) % 5 == 0
+    problem, test = whole.take(~held_out), whole.take(held_out)
+    engine = problem.engine(k)
+    fit = problem.train(k, Schedule(30), engine=engine)
+    guess = predictions(engine, fit, problem, test)
+    # 0.3 is what the labels' own noise costs whoever knows the truth.
+    assert np.sqrt(np.mean((guess - test.label) ** 2)) < 1.1 * 0.3
+    assert np.sqrt(np.mean((guess - test.expected) ** 2)) < 0.13
+    assert fit.noise == pytest.approx(0.3**2, rel=0.1)
+
+
+def test_a_user_who_was_never_seen_is_predicted_better_by_attributes_than_by_the_average() -> None:
+    whole = planted(1, users=200, inputs=60, k=1, events=6000, noise=0.3)
+    known = whole.take(whole.user < 150)
+    new = whole.take(whole.user >= 150)
+    engine = known.engine(1)
+    fit = known.train(1, Schedule(20), engine=engine)
+    features = engine.features
+    w = fit.users.mean(whole.user_attributes)
+    by_attributes = features.offset[new.input] + np.sum(w[new.user] * features.phi[new.input], axis=1)
+    average = fit.users.mean(np.eye(1, whole.user_attributes.shape[1]))[0]
+    by_average = features.offset[new.input] + features.phi[new.input] @ average
+    error_by_attributes, error_by_average = (np.mean((g - new.expected) ** 2) for g in (by_attributes, by_average))
+    assert error_by_attributes < 0.8 * error_by_average
+
+
+def test_users_in_partitions_are_the_same_users() -> None:
+    problem = planted(2)
+    one, three = (problem.train(2, Schedule(6), engine=problem.engine(2, partitions=n)) for n in (1, 3))
+    np.testing.assert_allclose(three.objective, one.objective, rtol=1e-10)
+    np.testing.assert_allclose(three.users.coefficients, one.users.coefficients, rtol=1e-8, atol=1e-10)
+    assert three.noise == pytest.approx(one.noise)
+
+
+def test_an_event_of_weight_two_counts_as_two_events() -> None:
+    once = planted(3, weighted=False)
+    doubled = replace(once, weight=np.full(len(once), 2.0))
+    twice = once.take(np.repeat(np.arange(len(once)), 2))
+    fits = [problem.engine(2) for problem in (doubled, twice)]
+    for engine, problem in zip(fits, (doubled, twice), strict=True):
+        prior = problem.user_prior(2)
+        engine.update_users(prior, 0.5)
+        engine.update_inputs(problem.input_prior(2), 0.5)
+    np.testing.assert_allclose(fits[0].inputs.mean, fits[1].inputs.mean, atol=1e-12)
+    np.testing.assert_allclose(fits[0].sums.second, fits[1].sums.second, atol=1e-10)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another_start() -> None:
+    problem = planted(4)
+    fits = [problem.train(2, Schedule(3), engine=problem.engine(2, seed)) for seed in (0, 0, 1)]
+    assert fits[0].objective == fits[1].objective != fits[2].objective
+
+
+# --- When it stops ----------------------------------------------------------------------------------------------------
+
+
+def test_training_stops_when_an_iteration_gains_less_than_the_tolerance() -> None:
+    problem = planted(5, events=300)
+    fit = problem.train(2, Schedule(200, tolerance=1e-3))
+    assert fit.iterations < 200
+    # Recorded after the inputs' half of every iteration, and after the users' half of all but the first.
+    assert len(fit.objective) == 2 * fit.iterations - 1
+    by_iteration = np.array(fit.objective[::2])
+    gains = -np.diff(by_iteration) / np.abs(by_iteration[1:])
+    assert gains[-1] < 1e-3
+    assert (gains[:-1] >= 1e-3).all()
+
+
+def test_training_without_a_tolerance_makes_all_its_iterations() -> None:
+    assert planted(5).train(2, Schedule(25)).iterations == 25
+
+
+# --- Odd shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"users": 1, "inputs": 10},
+        {"users": 10, "inputs": 1},
+        {"users": 1, "inputs": 1},
+        {"users": 12, "inputs": 12, "events": 2},
+        {"users": 4, "inputs": 3, "events": 12, "noise": 0.0},
+    ],
+    ids=["one user", "one input", "one user and one input", "two events", "no noise"],
+)
+@pytest.mark.parametrize("oracle", [None, fit_ridge])
+@pytest.mark.parametrize("k", [1, 15])
+def test_odd_data_and_a_rank_beyond_it_end_in_finite_sound_models(shape: dict, oracle: Oracle | None, k: int) -> None:
+    problem = planted(6, **shape)
+    engine = problem.engine(k)
+    fit = problem.train(k, Schedule(25), oracle, engine=engine)
+    assert np.isfinite(fit.objective).all()
+    assert_never_rises(problem, fit)
+    # An event of weight c has the variance σ²/c; σ² holds what is not known of the vectors too.
+    assert 0 < fit.noise < 2 * problem.label_variance * problem.weight.mean()
+    for covariance in (fit.users.covariance, fit.inputs.covariance):
+        assert (np.linalg.eigvalsh(covariance) > 0).all()
+    guess = predictions(engine, fit, problem, problem)
+    assert np.isfinite(guess).all()
+    # Shrunken towards the mean, never beyond the labels by more than their own spread.
+    spread = np.ptp(problem.label)
+    assert problem.label.min() - spread <= guess.min() <= guess.max() <= problem.label.max() + spread
+
+
+def test_one_event_each_is_explained_by_the_average_and_attributes_alone() -> None:
+    random = np.random.default_rng(0)
+    n = 12
+    problem = replace(
+        planted(7, users=n, inputs=n, events=n), user=np.arange(n), input=np.arange(n), label=random.normal(size=n)
+    )
+    fit = problem.train(3, Schedule(25))
+    assert np.isfinite(fit.objective).all()
+    assert_never_rises(problem, fit)
+
+
+def test_inputs_without_events_have_their_prior_for_their_posterior() -> None:
+    problem = planted(8, inputs=12, events=60)
+    problem = problem.take(problem.input < 10)
+    engine = problem.engine(2)
+    fit = problem.train(2, Schedule(5), engine=engine)
+    precision, information = alternation.input_evidence(engine.sums, engine.mean_label)
+    assert not precision[10:].any()
+    assert not information[10:].any()
+    inputs = fit.inputs.posteriors(precision, information, engine.attributes, fit.noise)
+    np.testing.assert_allclose(inputs.mean[10:], fit.inputs.mean(engine.attributes)[10:], atol=1e-10)
+    np.testing.assert_allclose(gaussian.unpack(inputs.covariance, 3)[10:], [fit.inputs.covariance] * 2, atol=1e-10)
+    assert len(Features.of(inputs.mean, inputs.covariance, 0.0)) == 12

@@ -16,9 +16,10 @@ Measure the live model version on a file of events that it was not trained on: R
 the 90% interval. Nothing is written.
 
 The file is read as jobs/ingest.py reads it, and has to hold nothing but rows that it would accept; every row counts
-once. --baselines trains four others on the events table and measures them on the same rows: the global mean, the input's
-mean, one ridge regression a user on the input attributes, and MLlib's ALS, the best of a grid ([evaluate] in
-conf/default.toml). Predictions are clipped to the range of the labels in training, everyone's alike."""
+once. --baselines trains four others on the events table and measures them on the same rows: the global mean, the mean
+of the input, one ridge regression a user on the input attributes, and MLlib's ALS, the best of a grid ([evaluate] in
+conf/default.toml; MLlib computes in Java unless a native BLAS is installed). Predictions are clipped to the range of
+the labels in training, everyone's alike."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

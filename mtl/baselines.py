@@ -60,10 +60,10 @@ class DescribedInputs:
     @classmethod
     def of(cls, tables: Tables, model: Model) -> DescribedInputs:
         """All rows of inputs in the model's own encoding."""
-        attributes = tables.read(schema.INPUTS).toPandas()
-        encode = model.artefact.input_encoder
-        z = [encode(rows) for rows in (attributes.drop(columns=INPUT_ID), pd.DataFrame(index=[0]))]
-        return cls(pa.array(attributes[INPUT_ID], pa.string()), np.concatenate(z))
+        attributes = tables.read(schema.INPUTS).toArrow().to_pandas()
+        frames = ([attributes.drop(columns=INPUT_ID)] if len(attributes) else []) + [pd.DataFrame(index=[0])]
+        z = np.concatenate([model.artefact.input_encoder(frame) for frame in frames])
+        return cls(pa.array(attributes[INPUT_ID], pa.string()), z)
 
     def place(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         place = blocks.index_of(ids, self.ids)
@@ -93,7 +93,7 @@ def with_baselines(
     if mean is None:
         raise StateError("there are no events to train the baselines on: run jobs/ingest.py first")
     context = tables.spark.sparkContext
-    if context.getCheckpointDir() is None and context.master.startswith("local"):
+    if context.getCheckpointDir() is None and (context.master or "").startswith("local"):
         context.setCheckpointDir(tempfile.mkdtemp(prefix="oracle-mtl-als-"))
     validating = held_out(settings.validation_fraction)
     part, validation = train.where(~validating), train.where(validating)
@@ -179,11 +179,11 @@ def ridge(
 
 def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        batches = [batch for batch in batches if batch.num_rows]
-        if not batches:
+        filled = [batch for batch in batches if batch.num_rows]
+        if not filled:
             return
         inputs, mean, strengths = shared.value
-        table = pa.Table.from_batches(batches)
+        table = pa.Table.from_batches(filled)
         codes = table[USER_ID].combine_chunks().dictionary_encode()
         user = codes.indices.to_numpy()
         is_event = table[_LABEL].is_valid().to_numpy()

@@ -18,6 +18,8 @@ from mtl.errors import OracleError
 from mtl.gaussian import Array, Posterior
 from mtl.prior import Moments
 
+_ROUNDING = 1e-9  # a refit that is no better than rounding makes it is not worse
+
 log = logging.getLogger("mtl")
 
 
@@ -83,9 +85,7 @@ class OracleBasis:
             OracleError: the oracle raised, or its predictions are not n finite numbers.
         """
         d = len(self.covariance)
-        A, b = gaussian.unpack(precision, d) / noise, information / noise
-        spread = np.eye(d) + A @ self.covariance
-        W, v = np.linalg.solve(spread, A), np.linalg.solve(spread, b[..., None])[..., 0]
+        W, v = integrated_weights(precision, information, self.covariance, noise)
         g, functions, refused = self.mean(attributes).copy(), list(self.functions), self.refused
         for i in range(d):
             weight = W[:, i, i]
@@ -103,8 +103,8 @@ class OracleBasis:
                     f"the oracle failed on basis function {i} ({type(error).__name__}: {error})"
                 ) from error
             fitted = _predict(candidate, attributes, i)
-            worse = weight[told] @ (target - fitted[told]) ** 2 > weight[told] @ (target - g[told, i]) ** 2
-            if worse and len(functions) > i:
+            before, after = (float(weight[told] @ (target - values[told]) ** 2) for values in (g[:, i], fitted))
+            if len(functions) > i and after > before * (1 + _ROUNDING):
                 refused += 1
                 continue
             g[:, i] = fitted
@@ -134,6 +134,14 @@ class OracleBasis:
         d = len(self.covariance)
         log_determinant = moments.n * (np.linalg.slogdet(self.covariance)[1] - d) - moments.log_determinant
         return float(log_determinant + np.sum(np.linalg.inv(self.covariance) * moments.second)) / 2
+
+
+def integrated_weights(precision: Array, information: Array, covariance: Array, noise: float) -> tuple[Array, Array]:
+    """W_x (n, d, d) and v_x (n, d) of :class:`OracleBasis`: what the events say of g with the residuals integrated out."""
+    d = len(covariance)
+    A, b = gaussian.unpack(precision, d) / noise, information / noise
+    spread = np.eye(d) + A @ covariance
+    return np.linalg.solve(spread, A), np.linalg.solve(spread, b[..., None])[..., 0]
 
 
 def _predict(function: Regressor, attributes: Array, i: int) -> Array:

@@ -8,8 +8,8 @@
 | longer text | the leading singular vectors of its character trigrams (TF-IDF) |
 
 The first encoded column is the constant 1; the others are centred over the rows with any value that the encoder was
-fitted on, so 0 is the average and stands for a row of which nothing is known. Indicators keep their natural scale: a rare
-category then has few observations against its prior, and is shrunk the more.
+fitted on, so 0 is the average and stands for a row of which nothing is known. Indicators keep their natural scale: a
+rare category then has few observations against its prior, and is shrunk the more.
 """
 
 from __future__ import annotations

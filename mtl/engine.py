@@ -32,6 +32,13 @@ _START_CHUNK = 1024  # inputs that share one random stream, whoever holds them
 _SUMS = pa.schema([(name, pa.binary()) for name in ("inputs", "second", "first", "moments")])
 
 
+FeatureWork = Callable[[int, Posterior, Array], pa.Table]
+"""(first catalogue index, posteriors, attributes) of a run of inputs → rows."""
+
+UserWork = Callable[[EventBlock, Features, Any], Iterator[pa.Table]]
+"""(block, features of the inputs it saw, arguments) → rows."""
+
+
 class Engine(Protocol):
     def update_users(self, prior: Prior, noise: float) -> tuple[Moments, float]:
         """Users' posteriors given the inputs': their moments, and Σ c E[(y − h)²] after the step."""
@@ -140,6 +147,10 @@ class LocalEngine:
         precision, information = alternation.input_evidence(self.sums, self.mean_label)
         return basis.refit(precision, information, self.attributes, noise)
 
+    def gram(self) -> Array:
+        """Σ z zᵀ over all inputs, (p, p)."""
+        return self.attributes.T @ self.attributes
+
     def each_partition(self, step: UserStep) -> Iterator[tuple[np.ndarray, InputSums, Moments]]:
         yield step.sums(self.partitions)
 
@@ -165,19 +176,40 @@ class SparkEngine(LocalEngine):
         activity: Activity | None = None,
     ):
         super().__init__((), attributes, mean_label, squared_labels, k, seed, activity)
-        self.rows = partitions.drop("users")
+        self.blocks = partitions
 
     def each_partition(self, step: UserStep) -> Iterator[tuple[np.ndarray, InputSums, Moments]]:
-        broadcast = self.rows.sparkSession.sparkContext.broadcast(step)
+        width = step.features.phi.shape[1] + 1
+        broadcast = self.blocks.sparkSession.sparkContext.broadcast(step)
         try:
-            rows = self.rows.mapInArrow(_sums_in_arrow(broadcast), ", ".join(f"{name} binary" for name in _SUMS.names))
+            rows = self.blocks.drop("users").mapInArrow(
+                _sums_in_arrow(broadcast), ", ".join(f"{name} binary" for name in _SUMS.names)
+            )
             for batch in rows.toArrow().to_batches():
                 for inputs, second, first, moments in zip(*(batch.column(name) for name in _SUMS.names), strict=True):
                     index = np.frombuffer(inputs.as_buffer(), np.int64)
-                    matrices = (np.frombuffer(buffer.as_buffer()).reshape(len(index), -1) for buffer in (second, first))
-                    yield index, InputSums(*matrices), cloudpickle.loads(moments.as_py())
+                    # The widths are spelt out for a partition without events, whose buffers are empty.
+                    sums = InputSums(
+                        np.frombuffer(second.as_buffer()).reshape(len(index), gaussian.packed_length(width)),
+                        np.frombuffer(first.as_buffer()).reshape(len(index), width),
+                    )
+                    yield index, sums, cloudpickle.loads(moments.as_py())
         finally:
             broadcast.destroy()
+
+    def feature_rows(self, work: FeatureWork, ddl: str) -> DataFrame:
+        return self.blocks.sparkSession.createDataFrame(work(0, self.inputs, self.attributes), ddl)
+
+    def user_rows(self, work: UserWork, arguments: Any, ddl: str) -> DataFrame:
+        shared = self.blocks.sparkSession.sparkContext.broadcast((self.features, arguments))
+
+        def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            features, arguments = shared.value
+            for block in blocks.from_arrow(batches):
+                for rows in work(block, features.take(block.inputs), arguments):
+                    yield from rows.to_batches()
+
+        return self.blocks.mapInArrow(partition, ddl)
 
 
 def _sums_in_arrow(step: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -55,8 +55,8 @@ def evaluate(
         StateError: no version is live, or there are no events for the baselines.
     """
     started = time.monotonic()
-    model = load_model(tables)
     rows = read_events(tables, settings, events, columns or {}).persist()
+    model = load_model(tables)
     train = tables.read(schema.EVENTS).persist()
     try:
         check(rows, events)
@@ -79,6 +79,7 @@ def evaluate(
         "by_user_events": [
             {
                 _FROM: group[_FROM],
+                "to": _last(group[_FROM]),
                 "n": group["n"],
                 "users": group["users"],
                 **_errors([group], PREDICTION),
@@ -141,6 +142,12 @@ def _sums(scored: DataFrame, model: Model, names: tuple[str, ...]) -> list[Row]:
         .collect()
     )
     return sorted(sums, key=lambda row: row[_FROM])
+
+
+def _last(first: int) -> int | None:
+    """The largest number of events in the group that begins with ``first``; None where there is no limit."""
+    above = EDGES[EDGES.index(first) + 1 :]
+    return above[0] - 1 if above else None
 
 
 def _errors(groups: list[Row], name: str) -> dict[str, float]:

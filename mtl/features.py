@@ -70,3 +70,8 @@ def from_rows(rows: pa.Table, d: int) -> Features:
         matrix(rows[schema.SECOND_MOMENT], gaussian.packed_length(d)),
         matrix(rows[schema.OFFSET_PHI], d),
     )
+
+
+def residuals(rows: pa.Table, d: int) -> Array:
+    """δ of rows of the features table, (n, d)."""
+    return matrix(rows[schema.RESIDUAL], d)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -60,9 +61,9 @@ def run(name: str, description: str, work: Work, arguments: Arguments | None = N
         spark.stop()
     except MtlError as error:
         _fail(name, str(error))
-    except PySparkException as error:
+    except (PySparkException, Py4JError) as error:
         log.debug("Spark's own account", exc_info=True)
-        _fail(name, " ".join((error.getMessage() or str(error)).split())[:600])
+        _fail(name, f"{type(error).__name__}: {str(error)[:600]}")
     print(json.dumps(result), flush=True)
     if result.get("failed"):
         sys.exit(1)

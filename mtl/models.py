@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import gaussian, schema
 from mtl.basis import InputPrior
-from mtl.encode import Encoder
+from mtl.encode import Activity, Encoder
 from mtl.errors import StateError
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
@@ -30,7 +30,7 @@ class Artefact:
 
     user_encoder: Encoder
     input_encoder: Encoder
-    activity: bool  # whether log-counts of events are the last attribute of users and inputs
+    activity: Activity | None  # of the inputs; with it, log-counts of events are the last attribute of both sides
     users: Prior
     inputs: InputPrior
 
@@ -158,6 +158,10 @@ def publish(
 def versions(tables: Tables) -> DataFrame:
     """(model_version, status, promoted_at) of every version."""
     return tables.read(schema.MODELS).select(schema.MODEL_VERSION, schema.STATUS, schema.PROMOTED_AT)
+
+
+def has_live(tables: Tables) -> bool:
+    return not versions(tables).where(F.col(schema.STATUS) == schema.LIVE).isEmpty()
 
 
 def promote(tables: Tables, version: int | None = None) -> dict[str, int | None]:

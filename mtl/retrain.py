@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from tqdm import tqdm
 
-from mtl import alternation, blocks, models, schema
+from mtl import alternation, gaussian, models, schema
 from mtl.arrow import lists
 from mtl.basis import InputPrior, OracleBasis
-from mtl.config import Settings
+from mtl.blocks import EventBlock
+from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
+from mtl.config import Settings, TrainSettings
+from mtl.distributed import DistributedEngine
 from mtl.encode import Activity, Encoder
-from mtl.engine import SparkEngine, UserStep
-from mtl.errors import StateError
-from mtl.features import feature_rows
+from mtl.engine import SparkEngine
+from mtl.features import Features, feature_rows
+from mtl.gaussian import Posterior
 from mtl.models import Artefact, Model
 from mtl.oracle import make_oracle
 from mtl.partitions import encode_users, partition_events, user_totals
 from mtl.prior import Prior
-from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.schema import INPUT_ID, USER_ID
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 
@@ -38,17 +40,20 @@ ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chos
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """Every known input and what its events sum to."""
+class Trained:
+    """A fitted model with all that its rows are written from; ``partitions`` stay persisted until unpersisted."""
 
-    ids: pa.Array  # sorted
-    counts: np.ndarray  # events of each input
-    n_events: int
-    mean_label: float  # weighted, like all that follows
-    label_variance: float
-    squared_labels: float  # Σ c y²
-    label_min: float
-    label_max: float
+    partitions: DataFrame
+    engine: SparkEngine | DistributedEngine
+    fit: Fit
+    catalogue: Catalogue
+    user_encoder: Encoder
+    input_encoder: Encoder
+    input_activity: Activity | None
+    user_activity: Activity | None
+    k: int
+    events_version: int
+    inputs_version: int
 
 
 def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[str, Any]:
@@ -60,6 +65,37 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
         StateError: there are no events.
     """
     started = time.monotonic()
+    trained = train(tables, settings)
+    try:
+        version = models.next_version(tables)
+        model = _model(trained, version, schema.CANDIDATE if models.has_live(tables) else schema.LIVE)
+        n_users = _write(tables, trained, model)
+    finally:
+        trained.partitions.unpersist()
+    fit, catalogue = trained.fit, trained.catalogue
+    result = {
+        "rows": catalogue.n_events,
+        "users": n_users,
+        "inputs": len(catalogue.ids),
+        "k": trained.k,
+        "noise": fit.noise,
+        "iterations": fit.iterations,
+        "refused_oracle_steps": getattr(fit.inputs, "refused", 0),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    models.publish(tables, model, fit.objective, catalogue.n_events, result, settings.model_dump_json())
+    if promote:
+        models.promote(tables, version)
+    status = schema.LIVE if promote else model.status
+    return {"model_version": version, "status": status, **result, "objective": list(fit.objective)}
+
+
+def train(tables: Tables, settings: Settings) -> Trained:
+    """Fit users, inputs and priors over all events; nothing is written.
+
+    Raises:
+        StateError: there are no events, or all labels are equal.
+    """
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
     events = tables.read(schema.EVENTS, events_version)
     attributes = tables.read(schema.INPUTS, inputs_version).toPandas()
@@ -68,111 +104,112 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
 
     identity = settings.oracle.kind == "identity"
     input_encoder = Encoder.fit(attributes.drop(columns=INPUT_ID).iloc[:, : 0 if identity else None], settings.encode)
-    rows = pd.Series(catalogue.ids.to_pandas(), name=INPUT_ID).to_frame().merge(attributes, "left", INPUT_ID)
-    described = input_encoder(rows)
-    activity = settings.encode.activity and not identity
-    if activity:
-        logs = np.log1p(catalogue.counts)
-        of_inputs = Activity.fit(logs.sum(), logs @ logs, int(np.sum(catalogue.counts > 0)))
-        described = np.column_stack([described, of_inputs(catalogue.counts)])
+    input_activity = catalogue.activity() if settings.encode.activity and not identity else None
+    described = describe_inputs(catalogue, attributes, input_encoder, input_activity)
 
     user_attributes = tables.read(schema.USER_ATTRIBUTES)
     sample = user_attributes.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
     user_encoder = Encoder.fit(sample, settings.encode)
-    partitions = partition_events(
-        events,
-        encode_users(user_attributes, user_encoder) if user_encoder.width > 1 else None,
-        user_encoder.width,
-        catalogue.ids,
-        settings.train.partitions or tables.spark.sparkContext.defaultParallelism,
+    encoded = encode_users(user_attributes, user_encoder) if user_encoder.width > 1 else None
+    n_partitions = settings.train.partitions or tables.spark.sparkContext.defaultParallelism
+    partitions = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
+
+    totals = user_totals(partitions)
+    user_activity = totals.activity() if input_activity else None
+    k = MAX_K if settings.model.k == "auto" else settings.model.k
+    mean, squares, seed = catalogue.mean_label, catalogue.squared_labels, settings.train.seed
+    make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), k) else SparkEngine
+    engine = make(partitions, described, mean, squares, k, seed, user_activity)
+    fit = _fit(engine, settings, totals.gram_with(user_activity), catalogue, k)
+    return Trained(
+        partitions,
+        engine,
+        fit,
+        catalogue,
+        user_encoder,
+        input_encoder,
+        input_activity,
+        user_activity,
+        k,
+        events_version,
+        inputs_version,
     )
-    try:
-        totals = user_totals(partitions)
-        of_users = totals.activity() if activity else None
-        k = MAX_K if settings.model.k == "auto" else settings.model.k
-        engine = SparkEngine(
-            partitions, described, catalogue.mean_label, catalogue.squared_labels, k, settings.train.seed, of_users
-        )
-        fit = _train(engine, settings, totals.gram_with(of_users), catalogue, k)
-
-        version = models.next_version(tables)
-        first = models.versions(tables).where(F.col(schema.STATUS) == schema.LIVE).isEmpty()
-        model = Model(
-            version,
-            schema.LIVE if first else schema.CANDIDATE,
-            k,
-            catalogue.mean_label,
-            fit.noise,
-            catalogue.label_min,
-            catalogue.label_max,
-            events_version,
-            inputs_version,
-            Artefact(user_encoder, input_encoder, activity, fit.users, fit.inputs),
-        )
-        features = engine.features
-        residual = engine.inputs.mean - fit.inputs.mean(described)
-        tables.append(
-            schema.FEATURES, tables.spark.createDataFrame(feature_rows(version, catalogue.ids, features, residual))
-        )
-        n_users = _write_users(tables, partitions, UserStep(features, fit.users, fit.noise, of_users), model)
-    finally:
-        partitions.unpersist()
-    seconds = round(time.monotonic() - started, 3)
-    metrics = {"seconds": seconds, "iterations": fit.iterations, "users": n_users, "inputs": len(catalogue.ids)}
-    if isinstance(fit.inputs, OracleBasis):
-        metrics["refused_oracle_steps"] = fit.inputs.refused
-    models.publish(tables, model, fit.objective, catalogue.n_events, metrics, settings.model_dump_json())
-    if promote:
-        models.promote(tables, version)
-    return {
-        "model_version": version,
-        "status": schema.LIVE if promote else model.status,
-        "rows": catalogue.n_events,
-        "k": k,
-        "noise": fit.noise,
-        "objective": list(fit.objective),
-        **metrics,
-        "seconds": round(time.monotonic() - started, 3),
-    }
 
 
-def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
-    """Totals of the events by input, in one pass, and the ids of all inputs: with events, or among ``known``.
-
-    Raises:
-        StateError: there are no events, or all labels are equal.
-    """
-    c, y = F.col(WEIGHT), F.col(LABEL)
-    sums = {
-        "n": F.count(y),
-        "c": F.sum(c),
-        "cy": F.sum(c * y),
-        "cyy": F.sum(c * y * y),
-        "min": F.min(y),
-        "max": F.max(y),
-    }
-    totals = events.groupBy(INPUT_ID).agg(*(value.alias(name) for name, value in sums.items())).toPandas()
-    if totals.empty:
-        raise StateError("there are no events to train on: run jobs/ingest.py first")
-    lowest, highest = float(totals["min"].min()), float(totals["max"].max())
-    if lowest == highest:
-        raise StateError(f"all {totals['n'].sum()} events have the label {lowest:g}: there is nothing to learn")
-    ids = pa.array(sorted({*totals[INPUT_ID], *known}), pa.string())
-    counts = np.zeros(len(ids), np.int64)
-    counts[blocks.index_of(pa.array(totals[INPUT_ID], pa.string()), ids)] = totals["n"]
-    weight, mean, square = (float(totals[name].sum()) for name in ("c", "cy", "cyy"))
-    mean /= weight
-    return Catalogue(ids, counts, int(counts.sum()), mean, square / weight - mean**2, square, lowest, highest)
+def _model(trained: Trained, version: int, status: str) -> Model:
+    catalogue, fit = trained.catalogue, trained.fit
+    artefact = Artefact(trained.user_encoder, trained.input_encoder, trained.input_activity, fit.users, fit.inputs)
+    return Model(
+        version=version,
+        status=status,
+        k=trained.k,
+        mean_label=catalogue.mean_label,
+        noise=fit.noise,
+        label_min=catalogue.label_min,
+        label_max=catalogue.label_max,
+        events_version=trained.events_version,
+        inputs_version=trained.inputs_version,
+        artefact=artefact,
+    )
 
 
-def _train(engine: SparkEngine, settings: Settings, user_gram: np.ndarray, catalogue: Catalogue, k: int) -> Fit:
+def _write(tables: Tables, trained: Trained, model: Model) -> int:
+    """Append the version's features and, in one last pass over the events, its users; the number of users."""
+    ids, fit = tables.spark.sparkContext.broadcast(trained.catalogue.ids), trained.fit
+
+    def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
+        features = Features.of(inputs.mean, inputs.covariance, model.mean_label)
+        residual = inputs.mean - fit.inputs.mean(attributes)
+        return feature_rows(model.version, ids.value.slice(first, len(attributes)), features, residual)
+
+    tables.append(schema.FEATURES, trained.engine.feature_rows(of_inputs, _ddl(schema.FEATURES)))
+    arguments = (fit.users, fit.noise, trained.user_activity, model.version)
+    users = trained.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
+    tables.append(schema.USERS, users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp")))
+    return tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == model.version).count()
+
+
+def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
+    """Sums and weights of the block's users under the final features."""
+    prior, noise, activity, version = arguments
+    assert block.users is not None
+    for part, weights, labels in block.parts():
+        attributes = block.described(part, activity)
+        a, b = alternation.user_sums(weights, labels, features)
+        columns = {
+            schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
+            schema.USER_ID: block.users[part],
+            schema.A: lists(a),
+            schema.B: lists(b),
+            schema.W: lists(prior.posteriors(a, b, attributes, noise).mean),
+            schema.PRIOR_MEAN: lists(prior.mean(attributes)),
+            schema.N_EVENTS: pa.array(block.n_events[part]),
+        }
+        yield pa.table(columns)
+
+
+def _ddl(table: str, without: str = "") -> str:
+    return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
+
+
+def _distributes(settings: TrainSettings, n_inputs: int, k: int) -> bool:
+    """Whether the inputs' sums stay in Spark: as forced, or when they would pass the driver's limit."""
+    megabytes = n_inputs * gaussian.packed_length(k + 2) * 8 / 1e6
+    if settings.reduction == "auto":
+        return megabytes > settings.driver_limit_mb
+    return settings.reduction == "distributed"
+
+
+def _fit(
+    engine: SparkEngine | DistributedEngine, settings: Settings, user_gram: np.ndarray, catalogue: Catalogue, k: int
+) -> Fit:
     users = Prior.start(user_gram, k + 1, START_VARIANCE)
     oracle = make_oracle(settings.oracle)
     inputs: InputPrior
     if oracle:
         inputs = OracleBasis.start(oracle, k + 1, START_VARIANCE, settings.oracle.residual)
     else:
-        inputs = Prior.start(engine.attributes.T @ engine.attributes, k + 1, START_VARIANCE)
+        inputs = Prior.start(engine.gram(), k + 1, START_VARIANCE)
     forced = settings.train.iterations
     schedule = (
         Schedule(settings.train.max_iterations, settings.train.tolerance) if forced == "auto" else Schedule(forced)
@@ -185,35 +222,3 @@ def _train(engine: SparkEngine, settings: Settings, user_gram: np.ndarray, catal
             log.info("retrain: iteration %d, objective %.3f", iteration, objective)
 
         return alternate(engine, users, inputs, catalogue.n_events, catalogue.label_variance, schedule, report)
-
-
-def _write_users(tables: Tables, partitions: DataFrame, step: UserStep, model: Model) -> int:
-    """One last pass: every user's sums and weights under the final features, appended to users; the number of users."""
-    write = _users_in_arrow(tables.spark.sparkContext.broadcast(step), model.version)
-    kinds = {field.name: field.dataType.simpleString() for field in schema.SCHEMAS[schema.USERS]}
-    written = [name for name in kinds if name != schema.REFERENCE_TIME]
-    rows = partitions.mapInArrow(write, ", ".join(f"{name} {kinds[name]}" for name in written))
-    tables.append(schema.USERS, rows.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp")))
-    return tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == model.version).count()
-
-
-def _users_in_arrow(step: Any, version: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for block in blocks.from_arrow(batches):
-            features = step.value.features.take(block.inputs)
-            for part, weights, labels in block.parts():
-                attributes = block.described(part, step.value.activity)
-                a, b = alternation.user_sums(weights, labels, features)
-                users = step.value.prior.posteriors(a, b, attributes, step.value.noise)
-                columns = {
-                    schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
-                    schema.USER_ID: block.users[part],
-                    schema.A: lists(a),
-                    schema.B: lists(b),
-                    schema.W: lists(users.mean),
-                    schema.PRIOR_MEAN: lists(step.value.prior.mean(attributes)),
-                    schema.N_EVENTS: pa.array(block.n_events[part]),
-                }
-                yield pa.record_batch(list(columns.values()), list(columns))
-
-    return partition

@@ -76,13 +76,15 @@ def inputs_of(tables: Tables, model: Model, wanted: DataFrame) -> SharedInputs:
     rows = wanted.join(features_of(tables, model), INPUT_ID, "left").toArrow()
     is_known = rows[schema.PHI].is_valid()
     known, missing = rows.filter(is_known), rows.filter(pc.invert(is_known))[INPUT_ID]
-    attributes = pd.DataFrame({INPUT_ID: []})
+    attributes = pd.DataFrame(columns=[INPUT_ID], dtype=object)
     if len(missing):
         ids = tables.spark.createDataFrame(pa.table({INPUT_ID: missing}))
-        attributes = tables.read(schema.INPUTS).join(F.broadcast(ids), INPUT_ID, "left_semi").toPandas()
+        attributes = tables.read(schema.INPUTS).join(F.broadcast(ids), INPUT_ID, "left_semi").toArrow().to_pandas()
     ids = pa.concat_arrays([known[INPUT_ID].combine_chunks(), pa.array(attributes[INPUT_ID], pa.string())])
     parts = [features.from_rows(known, model.d)]
-    parts += [model.features_of_new(frame) for frame in (attributes.drop(columns=INPUT_ID), pd.DataFrame(index=[0]))]
+    # Oracles and encodings need not take an empty frame.
+    frames = ([attributes.drop(columns=INPUT_ID)] if len(attributes) else []) + [pd.DataFrame(index=[0])]
+    parts += map(model.features_of_new, frames)
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return SharedInputs(ids, Features(*map(np.concatenate, columns)))
 
@@ -141,8 +143,8 @@ def _moments(a: Array, b: Array, prior_mean: Array, model: Model) -> tuple[Array
 
 def _score_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        table = [batch for batch in batches if batch.num_rows]
-        if table:
-            yield from add_scores(pa.Table.from_batches(table), *shared.value).combine_chunks().to_batches()
+        filled = [batch for batch in batches if batch.num_rows]
+        if filled:
+            yield from add_scores(pa.Table.from_batches(filled), *shared.value).combine_chunks().to_batches()
 
     return partition

@@ -32,6 +32,7 @@ class Tables:
             raise ConfigError("tables.root is empty: give a folder or catalog.schema")
         self.spark = spark
         self.in_catalog = bool(_CATALOG.fullmatch(root))
+        self._created: set[str] = set()
         self.root = root if self.in_catalog or "://" in root else os.path.abspath(root)
 
     def name(self, table: str) -> str:
@@ -46,7 +47,8 @@ class Tables:
     def create(self, *tables: str) -> None:
         """Create those of ``tables`` that do not exist yet."""
         for table in tables:
-            if self.exists(table):
+            if table in self._created or self.exists(table):
+                self._created.add(table)
                 continue
             builder = DeltaTable.createIfNotExists(self.spark).addColumns(schema.SCHEMAS[table])
             builder = (
@@ -57,6 +59,7 @@ class Tables:
             if table in schema.PARTITIONED_BY:
                 builder = builder.partitionedBy(*schema.PARTITIONED_BY[table])
             builder.execute()
+            self._created.add(table)
 
     def read(self, table: str, version: int | None = None) -> DataFrame:
         """The table, now or as of a commit ``version``; creates an empty one where there is none."""

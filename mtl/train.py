@@ -23,6 +23,7 @@ from mtl.prior import Prior
 log = logging.getLogger("mtl")
 
 START_VARIANCE = 0.2  # of every prior before anything is learnt
+START_NOISE = 0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
 
 
@@ -60,10 +61,10 @@ def alternate(
         engine: holds users and inputs.
         users, inputs: priors to start from.
         n_events: number of events.
-        label_variance: variance of the labels, the first noise.
+        label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
     """
-    noise, objective = label_variance, []
+    noise, objective = START_NOISE * label_variance, []
     floor = _NOISE_FLOOR * label_variance
 
     def record(error: float) -> None:
@@ -88,4 +89,5 @@ def alternate(
         if schedule.tolerance is not None and previous - objective[-1] < schedule.tolerance * abs(objective[-1]):
             break
         previous = objective[-1]
+    engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
     return Fit(users, inputs, noise, tuple(objective), iteration)

@@ -1,4 +1,4 @@
-"""The half-steps against brute force, and the project's central identity: order, batches and partitions do not matter."""
+"""The half-steps against brute force, and the central identity: order, batches and partitions do not matter."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def test_input_sums_are_the_expectations_over_every_event(small) -> None:
 
 def test_the_evidence_of_an_input_is_a_regression_of_what_its_users_leave_over(small) -> None:
     events, users, _ = small
-    precision, information = alternation.input_evidence(
-        alternation.input_sums(*matrices(events), users), MEAN_LABEL
-    )
+    precision, information = alternation.input_evidence(alternation.input_sums(*matrices(events), users), MEAN_LABEL)
     A, B = np.zeros((INPUTS, D, D)), np.zeros((INPUTS, D))
     for u, x, y, c in events:
         A[x] += c * expectation(lambda w: np.outer(phi(w), phi(w)), users, u)

@@ -94,7 +94,8 @@ def test_a_missing_list_is_missing_however_pandas_writes_it() -> None:
 
 
 def test_texts_alike_are_near_and_others_far() -> None:
-    titles = [f"{a} {b} {c}" for a in ("green", "blue") for b in ("tea", "coffee") for c in "one two three four".split()]
+    numbers = ("one", "two", "three", "four")
+    titles = [f"{a} {b} {c}" for a in ("green", "blue") for b in ("tea", "coffee") for c in numbers]
     encoder, frame = fitted(title=titles)
     assert isinstance(encoder.columns[0], Text)
     z = encoder(pd.DataFrame({"title": ["green tea five", "green tea six", "blue coffee five"]}))[:, 1:]

@@ -20,7 +20,7 @@ LIVE, CANDIDATE, RETIRED = schema.LIVE, schema.CANDIDATE, schema.RETIRED
 def model(version: int, status: str) -> Model:
     prior = Prior(np.eye(1), (version + 1.0) * np.eye(2), np.array([[0.0, version]]))
     encoder = Encoder((), np.empty(0))
-    return Model(version, status, 1, 3.5, 0.25, 1, 5, 7, 8, Artefact(encoder, encoder, False, prior, prior))
+    return Model(version, status, 1, 3.5, 0.25, 1.0, 5.0, 7, 8, Artefact(encoder, encoder, False, prior, prior))
 
 
 def published(tables: Tables, *statuses: str) -> Tables:
@@ -46,11 +46,11 @@ def test_a_model_comes_back_from_its_row_as_it_was(tables: Tables) -> None:
 
 def test_without_versions_or_a_live_one_the_reason_names_the_job(tables: Tables) -> None:
     assert next_version(tables) == 1
-    with pytest.raises(StateError, match="no model version is live: run jobs/retrain.py"):
+    with pytest.raises(StateError, match=r"no model version is live: run jobs/retrain\.py"):
         load_model(tables)
     with pytest.raises(StateError, match="there is no model version 9"):
         load_model(tables, 9)
-    with pytest.raises(StateError, match="no candidate to promote: run jobs/retrain.py"):
+    with pytest.raises(StateError, match=r"no candidate to promote: run jobs/retrain\.py"):
         promote(tables)
     with pytest.raises(StateError, match="nothing to roll back to"):
         rollback(tables)

@@ -1,0 +1,81 @@
+"""Every known input: its place, its encoded attributes, and what its events sum to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from mtl import blocks
+from mtl.encode import Activity, Encoder
+from mtl.errors import StateError
+from mtl.schema import INPUT_ID, LABEL, WEIGHT
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every known input and what its events sum to."""
+
+    ids: pa.Array  # sorted
+    counts: np.ndarray  # events of each input
+    n_events: int
+    mean_label: float  # weighted, like all that follows
+    label_variance: float  # Σ c (y − μ)² / n_events
+    squared_labels: float  # Σ c y²
+    label_min: float
+    label_max: float
+
+    def activity(self) -> Activity:
+        logs = np.log1p(self.counts)
+        return Activity.fit(logs.sum(), logs @ logs, int(np.sum(self.counts > 0)))
+
+
+def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
+    """Totals of the events by input, in one pass, and the ids of all inputs: with events, or among ``known``.
+
+    Raises:
+        StateError: there are no events, or all labels are equal.
+    """
+    c, y = F.col(WEIGHT), F.col(LABEL)
+    sums = {
+        "n": F.count(y),
+        "c": F.sum(c),
+        "cy": F.sum(c * y),
+        "cyy": F.sum(c * y * y),
+        "min": F.min(y),
+        "max": F.max(y),
+    }
+    totals = events.groupBy(INPUT_ID).agg(*(value.alias(name) for name, value in sums.items())).toPandas()
+    if totals.empty:
+        raise StateError("there are no events to train on: run jobs/ingest.py first")
+    lowest, highest = float(totals["min"].min()), float(totals["max"].max())
+    if lowest == highest:
+        raise StateError(f"all {totals['n'].sum()} events have the label {lowest:g}: there is nothing to learn")
+    ids = pa.array(sorted({*totals[INPUT_ID], *known}), pa.string())
+    counts = np.zeros(len(ids), np.int64)
+    counts[blocks.index_of(pa.array(totals[INPUT_ID], pa.string()), ids)] = totals["n"]
+    weight, mean, square = (float(totals[name].sum()) for name in ("c", "cy", "cyy"))
+    mean /= weight
+    return Catalogue(
+        ids,
+        counts,
+        int(counts.sum()),
+        mean,
+        square / counts.sum() - mean * mean * weight / counts.sum(),
+        square,
+        lowest,
+        highest,
+    )
+
+
+def describe_inputs(
+    catalogue: Catalogue, attributes: pd.DataFrame, encoder: Encoder, activity: Activity | None
+) -> np.ndarray:
+    """Encoded attributes of all inputs of the catalogue, (n, p); an input without an attribute row is the average one."""
+    rows = pd.Series(catalogue.ids.to_pandas(), name=INPUT_ID).to_frame().merge(attributes, "left", INPUT_ID)
+    described = encoder(rows)
+    return described if activity is None else np.column_stack([described, activity(catalogue.counts)])

@@ -1,0 +1,281 @@
+"""The alternation where the inputs do not fit the driver: users and inputs both in Spark partitions.
+
+Inputs are kept in *shards*, ranges of the catalogue. Per pass three shuffles move what is needed and no more: features of
+the inputs that a user partition saw go to it, its sums for them come back to their shards, and shards solve their own
+half-step. The driver sees moments, errors and, for a linear oracle, its normal equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from mtl import alternation, blocks
+from mtl.alternation import InputSums
+from mtl.basis import InputPrior, OracleBasis, integrated_weights
+from mtl.blocks import EventBlock
+from mtl.encode import Activity
+from mtl.engine import FeatureWork, UserStep, UserWork, random_start
+from mtl.errors import ConfigError
+from mtl.features import Features
+from mtl.gaussian import Array, Posterior
+from mtl.oracle.linear import NormalEquations, fit_ridge
+from mtl.prior import Moments, Prior
+
+SHARD_INPUTS = 16_384  # a multiple of the chunk that shares one random stream
+
+_PARTITION, _SHARD = "partition", "shard"
+_PIECE = f"{_PARTITION} int, {_SHARD} int, inputs binary, payload binary, reply binary"
+_PIECE_NAMES = [_PARTITION, _SHARD, "inputs", "payload", "reply"]
+_STATE = f"{_SHARD} int, state binary, reply binary"
+
+
+class DistributedEngine:
+    """Users' events and inputs' posteriors in Spark; see :class:`mtl.engine.LocalEngine` for the arguments.
+
+    Raises:
+        ConfigError: (from ``fit_oracle``) the oracle is neither identity nor linear: a black box is fitted on the driver.
+    """
+
+    def __init__(
+        self,
+        partitions: DataFrame,
+        attributes: Array,
+        mean_label: float,
+        squared_labels: float,
+        k: int,
+        seed: int = 0,
+        activity: Activity | None = None,
+        shard_inputs: int = SHARD_INPUTS,
+    ):
+        self.spark = partitions.sparkSession
+        self.blocks = partitions.withColumn(_PARTITION, F.spark_partition_id())
+        self.mean_label, self.squared_labels, self.activity = mean_label, squared_labels, activity
+        self.d, self.shard_inputs = k + 1, shard_inputs
+        self.routes = (
+            self.blocks.select(_PARTITION, "inputs").mapInArrow(_routes(shard_inputs), _PIECE).localCheckpoint()
+        )
+        self.state = self._start(attributes, seed)
+
+    def update_users(self, prior: Prior, noise: float) -> tuple[Moments, float]:
+        pieces = self._on_partitions(
+            _sums, (prior, noise, self.activity), self.blocks.drop("users"), _PIECE
+        ).localCheckpoint()
+        replies = [cloudpickle.loads(row[0]) for row in pieces.select("reply").where("reply IS NOT NULL").collect()]
+        own = self.state.groupBy(_SHARD)
+        self._replace(
+            own.cogroup(pieces.groupBy(_SHARD)).applyInArrow(
+                _receive(self.d, self.mean_label, self.shard_inputs), _STATE
+            )
+        )
+        return sum(replies, Moments.zero(len(prior.gram), self.d)), self.squared_labels + sum(self._replies())
+
+    def update_inputs(self, prior: InputPrior, noise: float) -> tuple[Moments, float]:
+        self._replace(
+            self.state.mapInArrow(_each_shard(_solve, self._broadcast((prior, noise, self.mean_label))), _STATE)
+        )
+        moments, errors = zip(*self._replies(), strict=True)
+        return sum(moments[1:], moments[0]), self.squared_labels + sum(errors)
+
+    def fit_oracle(self, basis: OracleBasis, noise: float) -> OracleBasis:
+        if basis.oracle is not fit_ridge:
+            raise ConfigError('a black-box oracle is fitted on the driver: set train.reduction = "driver"')
+        shared = self._broadcast((basis.covariance, noise, self.mean_label))
+        rows = self.state.mapInArrow(_each_shard(_equations, shared), _STATE).select("reply").collect()
+        equations = [cloudpickle.loads(row[0]) for row in rows]
+        return replace(basis, functions=sum(equations[1:], equations[0]).solve(basis.functions))
+
+    def gram(self) -> Array:
+        """Σ z zᵀ over all inputs, (p, p)."""
+        rows = self.state.mapInArrow(_each_shard(_gram, self._broadcast(None)), _STATE).select("reply").collect()
+        return np.sum([cloudpickle.loads(row[0]) for row in rows], axis=0)
+
+    def feature_rows(self, work: FeatureWork, ddl: str) -> DataFrame:
+        size = self.shard_inputs
+
+        def shards(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for shard, state in _states(batches):
+                yield from work(shard * size, state.inputs, state.attributes).to_batches()
+
+        return self.state.mapInArrow(shards, ddl)
+
+    def user_rows(self, work: UserWork, arguments: Any, ddl: str) -> DataFrame:
+        return self._on_partitions(_only(work), arguments, self.blocks, ddl)
+
+    def _on_partitions(
+        self, work: Callable[..., Iterator[pa.Table]], arguments: Any, rows: DataFrame, ddl: str
+    ) -> DataFrame:
+        """``work(block, features, arguments, …)`` of every user partition, with the features of the inputs it saw."""
+        own = self.state.groupBy(_SHARD)
+        features = self.routes.groupBy(_SHARD).cogroup(own).applyInArrow(_slice(self.shard_inputs), _PIECE)
+        shared = self._broadcast((self.mean_label, self.shard_inputs, arguments))
+        pair = rows.groupBy(_PARTITION).cogroup(features.groupBy(_PARTITION))
+        return pair.applyInArrow(_on_partition(work, shared), ddl)
+
+    def _start(self, attributes: Array, seed: int) -> DataFrame:
+        states = []
+        for first in range(0, len(attributes), self.shard_inputs):
+            part = attributes[first : first + self.shard_inputs]
+            inputs = random_start(len(part), self.d, seed, first)
+            states.append(_Shard(inputs, part, InputSums.zeros(len(part), self.d)))
+        rows = pa.concat_tables(_state_row(number, state, None) for number, state in enumerate(states))
+        n = min(len(states), self.spark.sparkContext.defaultParallelism)
+        return self.spark.createDataFrame(rows).repartition(n, _SHARD).localCheckpoint()
+
+    def _replace(self, state: DataFrame) -> None:
+        self.state = state.localCheckpoint()  # cuts the lineage, or plans would grow with every pass
+
+    def _replies(self) -> list[Any]:
+        return [cloudpickle.loads(row[0]) for row in self.state.select("reply").collect()]
+
+    def _broadcast(self, value: Any) -> Any:
+        return self.spark.sparkContext.broadcast(value)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    inputs: Posterior
+    attributes: Array
+    sums: InputSums
+
+
+def _state_row(shard: int, state: _Shard, reply: Any) -> pa.Table:
+    buffers = [pa.array([cloudpickle.dumps(value)], pa.binary()) for value in (state, reply)]
+    return pa.table([pa.array([shard], pa.int32()), *buffers], names=[_SHARD, "state", "reply"])
+
+
+def _pieces(partition: int, shard: int, inputs: np.ndarray, payload: Any, reply: Any = None) -> pa.Table:
+    reply = None if reply is None else cloudpickle.dumps(reply)
+    binary = (inputs.astype(np.int32).tobytes(), cloudpickle.dumps(payload), reply)
+    columns = [pa.array([key], pa.int32()) for key in (partition, shard)]
+    return pa.table([*columns, *(pa.array([value], pa.binary()) for value in binary)], names=_PIECE_NAMES)
+
+
+def _states(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, _Shard]]:
+    for batch in batches:
+        for shard, state in zip(batch.column(_SHARD).to_pylist(), batch.column("state"), strict=True):
+            yield shard, cloudpickle.loads(state.as_buffer())
+
+
+def _routes(size: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Which inputs of which shard a partition saw."""
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for number, buffer in zip(batch.column(_PARTITION).to_pylist(), batch.column("inputs"), strict=True):
+                for shard, inputs in _by_shard(np.frombuffer(buffer.as_buffer(), np.int32), size):
+                    yield from _pieces(number, shard, inputs, None).to_batches()
+
+    return partition
+
+
+def _by_shard(inputs: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Sorted catalogue indices, shard by shard."""
+    shards = inputs // size
+    for shard in np.unique(shards):
+        yield int(shard), inputs[shards == shard]
+
+
+def _slice(size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """Routes and the state of one shard → for each partition the posteriors of the inputs it saw."""
+
+    def shard(routes: pa.Table, states: pa.Table) -> pa.Table:
+        pieces = []
+        for number, state in _states(iter(states.to_batches())):
+            for partition, buffer in zip(routes[_PARTITION].to_pylist(), routes["inputs"], strict=True):
+                inputs = np.frombuffer(buffer.as_buffer(), np.int32)
+                local = inputs - number * size
+                pieces.append(_pieces(partition, number, inputs, Posterior(*(part[local] for part in state.inputs))))
+        return pa.concat_tables(pieces) if pieces else _no_pieces()
+
+    return shard
+
+
+def _on_partition(work: Callable[..., Iterator[pa.Table]], shared: Any) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    def partition(rows: pa.Table, pieces: pa.Table) -> pa.Table:
+        mean_label, size, arguments = shared.value
+        pieces = pieces.sort_by(_SHARD)
+        parts = [cloudpickle.loads(payload.as_buffer()) for payload in pieces["payload"]]
+        seen = Posterior(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        features = Features.of(seen.mean, seen.covariance, mean_label)
+        names = [name for name in rows.column_names if name != _PARTITION]
+        tables = []
+        for number, block in zip(
+            rows[_PARTITION].to_pylist(), blocks.from_arrow(rows.select(names).to_batches()), strict=True
+        ):
+            tables += work(block, features, arguments, number, size)
+        return pa.concat_tables(tables)
+
+    return partition
+
+
+def _only(work: UserWork) -> Callable[..., Iterator[pa.Table]]:
+    return lambda block, features, arguments, partition, size: work(block, features, arguments)
+
+
+def _sums(block: EventBlock, features: Features, arguments: Any, partition: int, size: int) -> Iterator[pa.Table]:
+    prior, noise, activity = arguments
+    local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
+    _, sums, moments = UserStep(features, prior, noise, activity).sums([local])
+    for shard, inputs in _by_shard(block.inputs, size):
+        rows = np.searchsorted(block.inputs, inputs)
+        yield _pieces(partition, shard, inputs, InputSums(sums.second[rows], sums.first[rows]), moments)
+        moments = None  # with the first piece only
+
+
+def _receive(d: int, mean_label: float, size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """The state of one shard and its sums from the partitions → the state with them, and its part of the error."""
+
+    def shard(states: pa.Table, pieces: pa.Table) -> pa.Table:
+        ((number, state),) = _states(iter(states.to_batches()))
+        sums = InputSums.zeros(len(state.attributes), d)
+        # In the order of the partitions, so that a repeated task gives the same last bits.
+        order = np.argsort(pieces[_PARTITION].to_numpy())
+        for i in order:
+            inputs = np.frombuffer(pieces["inputs"][int(i)].as_buffer(), np.int32)
+            piece = cloudpickle.loads(pieces["payload"][int(i)].as_buffer())
+            sums.second[inputs - number * size] += piece.second
+            sums.first[inputs - number * size] += piece.first
+        error = alternation.squared_error(sums, state.inputs, mean_label)
+        return _state_row(number, replace(state, sums=sums), error)
+
+    return shard
+
+
+def _each_shard(work: Callable[[_Shard, Any], tuple[_Shard, Any]], shared: Any) -> Callable:
+    def shards(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for number, state in _states(batches):
+            yield from _state_row(number, *work(state, shared.value)).to_batches()
+
+    return shards
+
+
+def _solve(state: _Shard, shared: Any) -> tuple[_Shard, tuple[Moments, float]]:
+    prior, noise, mean_label = shared
+    precision, information = alternation.input_evidence(state.sums, mean_label)
+    inputs = prior.posteriors(precision, information, state.attributes, noise)
+    error = alternation.squared_error(state.sums, inputs, mean_label)
+    return replace(state, inputs=inputs), (prior.moments(inputs, state.attributes), error)
+
+
+def _equations(state: _Shard, shared: Any) -> tuple[_Shard, NormalEquations]:
+    covariance, noise, mean_label = shared
+    precision, information = alternation.input_evidence(state.sums, mean_label)
+    W, v = integrated_weights(precision, information, covariance, noise)
+    return state, NormalEquations.of(W, v, state.attributes)
+
+
+def _gram(state: _Shard, shared: None) -> tuple[_Shard, Array]:
+    return state, state.attributes.T @ state.attributes
+
+
+def _no_pieces() -> pa.Table:
+    kinds = [pa.int32(), pa.int32(), pa.binary(), pa.binary(), pa.binary()]
+    return pa.table([pa.array([], kind) for kind in kinds], names=_PIECE_NAMES)

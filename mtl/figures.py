@@ -1,0 +1,98 @@
+"""Plots as PNG files, from what the jobs return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+# Okabe and Ito's colours, which people see apart whatever their colour vision; a marker beside each.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+_STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"), (GREY, "D", "-."))
+
+
+def plot_objective(path: str | Path, objective: Sequence[float]) -> None:
+    """The objective after each half-step of training (nats)."""
+    with _figure(path, 7, 4) as axes:
+        steps = range(1, len(objective) + 1)
+        axes.plot(steps, objective, color=BLUE, marker="o", markersize=4)
+        axes.set(title="Training objective by half-step", xlabel="half-step", ylabel="objective (nats)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        last = f"{objective[-1]:,.0f}"
+        axes.annotate(last, (len(objective), objective[-1]), (0, 8), textcoords="offset points", ha="right")
+
+
+def plot_errors(path: str | Path, rmse: Mapping[str, float], ours: Sequence[str], unit: str) -> None:
+    """RMSE by method, as bars with their values.
+
+    Args:
+        rmse: by method, in the order to draw.
+        ours: the methods to set apart.
+        unit: of the labels.
+    """
+    with _figure(path, 8, 0.55 * len(rmse) + 1.4) as axes:
+        names = list(rmse)
+        bars = axes.barh(names, list(rmse.values()), color=[BLUE if name in ours else GREY for name in names])
+        axes.bar_label(bars, fmt="%.3f", padding=4)
+        axes.invert_yaxis()
+        axes.set(title="Error on events never seen: lower is better", xlabel=f"RMSE ({unit})")
+        axes.set_xlim(0, 1.12 * max(rmse.values()))
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+
+
+def plot_errors_by_events(
+    path: str | Path, groups: Sequence[Mapping[str, Any]], names: Mapping[str, str], unit: str, few_users: int = 10
+) -> None:
+    """RMSE against the number of events that a user had in training.
+
+    Args:
+        groups: ``by_user_events`` of :func:`mtl.evaluate.evaluate`.
+        names: what to draw beside ours, baseline → how to call it.
+        unit: of the labels.
+        few_users: groups of fewer users are left out, for a single one would rule them.
+    """
+    drawn = [group for group in groups if group["users"] >= few_users]
+    with _figure(path, 8, 4.8) as axes:
+        series = {"oracle-mtl": [group["rmse"] for group in drawn]}
+        series |= {called: [group["baselines"][name]["rmse"] for group in drawn] for name, called in names.items()}
+        for (called, values), (colour, marker, line) in zip(series.items(), _STYLES, strict=False):
+            axes.plot(range(len(drawn)), values, color=colour, marker=marker, linestyle=line, label=called)
+        labels = [
+            f"{_between(group['from'], group['to'])}\n{group['n']:,} rows\n{group['users']:,} users" for group in drawn
+        ]
+        axes.set_xticks(range(len(drawn)), labels)
+        axes.set(
+            title="Error by how much is known of the user",
+            xlabel="events of the user in the model, with what each point averages over",
+            ylabel=f"RMSE ({unit})",
+        )
+        axes.legend(frameon=False, ncols=len(series), loc="upper right")
+        axes.margins(x=0.09, y=0.18)
+
+
+def _between(low: int, high: int | None) -> str:
+    if high is None:
+        return f"≥ {low}"
+    return f"{low}" if high == low else f"{low}–{high}"
+
+
+@contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator[Axes]:
+    """One pair of axes, saved on leaving; without pyplot, whose state is the whole process's."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    yield axes
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

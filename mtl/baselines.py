@@ -6,8 +6,10 @@ with their weights, except in ALS, which knows none.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +96,9 @@ def with_baselines(
         raise StateError("there are no events to train the baselines on: run jobs/ingest.py first")
     context = tables.spark.sparkContext
     if context.getCheckpointDir() is None and (context.master or "").startswith("local"):
-        context.setCheckpointDir(tempfile.mkdtemp(prefix="oracle-mtl-als-"))
+        scratch = tempfile.mkdtemp(prefix="oracle-mtl-als-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        context.setCheckpointDir(scratch)
     validating = held_out(settings.validation_fraction)
     part, validation = train.where(~validating), train.where(validating)
     inputs = DescribedInputs.of(tables, model)

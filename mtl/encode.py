@@ -17,13 +17,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from mtl.config import EncodeSettings
 from mtl.gaussian import Array
@@ -91,11 +88,16 @@ class Text:
     """Singular vectors of the text's trigrams, with a total variance of 1."""
 
     name: str
-    vectorizer: Pipeline
+    vectorizer: Any  # a fitted scikit-learn Pipeline
     scale: float
 
     @classmethod
     def fit(cls, name: str, values: pd.Series, settings: EncodeSettings) -> Text:
+        # scikit-learn takes a second to import, and most workers never need it.
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_pipeline
+
         trigrams = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3), max_features=50_000, sublinear_tf=True)
         weighted = trigrams.fit_transform(_texts(values))
         svd = TruncatedSVD(min(settings.text_dimensions, values.nunique() - 1, weighted.shape[1]), random_state=0)

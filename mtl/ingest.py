@@ -252,8 +252,7 @@ def _quarantine(tables: Tables, offered: _OfferedEvents) -> None:
     rows = offered.rows.where(F.col(REASON).isNotNull()).select(
         RAW, REASON, *_origin(offered), F.current_timestamp().alias(CREATED_AT)
     )
-    with tables.once(_application(offered.plan.batch), _REFUSED):
-        tables.append(QUARANTINE, rows)
+    tables.append(QUARANTINE, rows, once=(_application(offered.plan.batch), _REFUSED))
 
 
 def _insert(tables: Tables, offered: _OfferedEvents) -> None:
@@ -299,21 +298,14 @@ def _record(tables: Tables, report: IngestReport, source: str, state: str, versi
     }
     row = tables.spark.createDataFrame([tuple(map(values.get, SCHEMAS[LEDGER].names))], SCHEMAS[LEDGER])
 
-    def append() -> None:
-        with tables.once(_application(report.batch), version):
-            tables.append(LEDGER, row)
-
-    _persistently(append)
+    _persistently(lambda: tables.append(LEDGER, row, once=(_application(report.batch), version)))
 
 
 def _fence(tables: Tables, table: str, application: str, version: int) -> None:
     """Use up (application, version) on the table, so that whoever comes later with it changes nothing."""
 
-    def append() -> None:
-        with tables.once(application, version):
-            tables.append(table, tables.spark.createDataFrame([], SCHEMAS[table]))
-
-    _persistently(append)
+    nothing = tables.spark.createDataFrame([], SCHEMAS[table])
+    _persistently(lambda: tables.append(table, nothing, once=(application, version)))
 
 
 def _persistently(write: Callable[[], Done]) -> Done:

@@ -81,14 +81,20 @@ class Tables:
         """The latest commit version of the table."""
         return self.delta(table).history(1).collect()[0]["version"]
 
-    def append(self, table: str, rows: DataFrame, evolve: bool = False) -> None:
+    def append(self, table: str, rows: DataFrame, evolve: bool = False, once: tuple[str, int] | None = None) -> None:
+        """Append ``rows``, at most once for (table, application, version) where ``once`` = (application, version) is given.
+
+        The pair goes with the write itself, for a DataFrame of a stream's batch has a session of its own.
+        """
         self.create(table)
         writer = rows.write.format("delta").mode("append").option("mergeSchema", str(evolve).lower())
+        if once:
+            writer = writer.option("txnAppId", once[0]).option("txnVersion", once[1])
         writer.saveAsTable(self.name(table)) if self.in_catalog else writer.save(f"{self.root}/{table}")
 
     @contextmanager
     def once(self, application: str, version: int) -> Iterator[None]:
-        """Every Delta write inside happens at most once for (table, application, version).
+        """Every MERGE, update or delete inside happens at most once for (table, application, version).
 
         Delta compares the pair in the same commit as the data, so a write repeated after a crash changes
         nothing. The session settings are removed on leaving: left set, they would silently drop the next

@@ -23,7 +23,9 @@ from mtl.prior import Prior
 log = logging.getLogger("mtl")
 
 START_VARIANCE = 0.2  # of every prior before anything is learnt
-START_NOISE = 0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
+START_NOISE = (
+    0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
+)
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
 
 

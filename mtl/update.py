@@ -208,8 +208,7 @@ class Updater:
             F.lit(number).cast("long").alias(schema.BATCH_ID),
             F.lit(None).cast("long").alias(schema.RELEASED),
         )
-        with self.tables.once(application, number):
-            self.tables.append(schema.WAITING, rows)
+        self.tables.append(schema.WAITING, rows, once=(application, number))
 
     def _waiting(self) -> DataFrame:
         return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
@@ -236,8 +235,8 @@ class Updater:
             **counts,
         }
         rows = self.tables.spark.createDataFrame([row], schema.SCHEMAS[schema.LEDGER])
-        with self.tables.once(application, number):
-            self.tables.append(schema.LEDGER, rows.withColumn(schema.CREATED_AT, F.current_timestamp()))
+        rows = rows.withColumn(schema.CREATED_AT, F.current_timestamp())
+        self.tables.append(schema.LEDGER, rows, once=(application, number))
 
     def _ids(self, inputs: pa.Array) -> DataFrame:
         return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))

@@ -39,6 +39,8 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",
+        # Below its maximum Spark measures the batch after every row, which over list columns is quadratic.
+        "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
         "spark.driver.maxResultSize": "0",
         "spark.ui.showConsoleProgress": "false",
     }

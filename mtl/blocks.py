@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from mtl.encode import Activity
 from mtl.gaussian import Array
 
-# Users whose statistics are worked on at once: small enough for the cache, large enough for NumPy.
-USERS_AT_ONCE = 8192
+# Users whose statistics are held at once: every run of them costs one dense sum over all inputs seen.
+USERS_AT_ONCE = 65_536
 
 ARROW_SCHEMA = pa.schema(
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import blocks
-from mtl.encode import Activity, Encoder
+from mtl.encode import Activity
 from mtl.errors import StateError
+from mtl.gaussian import Array
 from mtl.schema import INPUT_ID, LABEL, WEIGHT
 
 
@@ -73,7 +75,7 @@ def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
 
 
 def describe_inputs(
-    catalogue: Catalogue, attributes: pd.DataFrame, encoder: Encoder, activity: Activity | None
+    catalogue: Catalogue, attributes: pd.DataFrame, encoder: Callable[[pd.DataFrame], Array], activity: Activity | None
 ) -> np.ndarray:
     """Encoded attributes of all inputs of the catalogue, (n, p); an input without an attribute row is the average one."""
     rows = pd.Series(catalogue.ids.to_pandas(), name=INPUT_ID).to_frame().merge(attributes, "left", INPUT_ID)

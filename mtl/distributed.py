@@ -29,7 +29,7 @@ from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
 from mtl.prior import Moments, Prior
 
-SHARD_INPUTS = 16_384  # a multiple of the chunk that shares one random stream
+SHARD_INPUTS = 16_384
 
 _PARTITION, _SHARD = "partition", "shard"
 _PIECE = f"{_PARTITION} int, {_SHARD} int, inputs binary, payload binary, reply binary"
@@ -206,7 +206,7 @@ def _on_partition(work: Callable[..., Iterator[pa.Table]], shared: Any) -> Calla
         seen = Posterior(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         features = Features.of(seen.mean, seen.covariance, mean_label)
         names = [name for name in rows.column_names if name != _PARTITION]
-        tables = []
+        tables: list[pa.Table] = []
         for number, block in zip(
             rows[_PARTITION].to_pylist(), blocks.from_arrow(rows.select(names).to_batches()), strict=True
         ):
@@ -224,10 +224,10 @@ def _sums(block: EventBlock, features: Features, arguments: Any, partition: int,
     prior, noise, activity = arguments
     local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
     _, sums, moments = UserStep(features, prior, noise, activity).sums([local])
-    for shard, inputs in _by_shard(block.inputs, size):
+    for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
         rows = np.searchsorted(block.inputs, inputs)
-        yield _pieces(partition, shard, inputs, InputSums(sums.second[rows], sums.first[rows]), moments)
-        moments = None  # with the first piece only
+        # The partition's moments travel with its first piece.
+        yield _pieces(partition, shard, inputs, InputSums(sums.second[rows], sums.first[rows]), None if i else moments)
 
 
 def _receive(d: int, mean_label: float, size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:

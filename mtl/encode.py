@@ -31,7 +31,8 @@ _TEXT_WORDS = 3
 
 
 class ColumnEncoder(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, values: pd.Series) -> Array:
         """One column of n values → (n, m) numbers."""

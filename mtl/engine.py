@@ -27,7 +27,7 @@ from mtl.prior import Moments, Prior
 
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
-_START_CHUNK = 1024  # inputs that share one random stream, whoever holds them
+_START_CHUNK = 1024  # inputs that share one random stream
 
 _SUMS = pa.schema([(name, pa.binary()) for name in ("inputs", "second", "first", "moments")])
 
@@ -51,12 +51,12 @@ class Engine(Protocol):
 
 
 def random_start(n: int, d: int, seed: int, first: int = 0) -> Posterior:
-    """The inputs ``first`` … ``first + n`` (a multiple of the chunk) before anything is learnt: offset 0, random factors."""
-    mean = np.zeros((n, d))
-    for start in range(0, n, _START_CHUNK):
-        part = mean[start : start + _START_CHUNK]
-        random = np.random.default_rng([seed, first + start])
-        part[:, 1:] = random.normal(scale=_START_SCALE, size=(_START_CHUNK, d - 1))[: len(part)]
+    """The inputs ``first`` … ``first + n`` before anything is learnt: offset 0 and random factors, whoever holds them."""
+    chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
+    shape = (_START_CHUNK, d - 1)
+    drawn = [np.random.default_rng([seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
+    start = first % _START_CHUNK
+    mean = np.column_stack([np.zeros(n), np.concatenate(drawn)[start : start + n]])
     covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
     return Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
 

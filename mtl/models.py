@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy as np
@@ -23,13 +23,16 @@ from mtl.gaussian import Array, Posterior
 from mtl.prior import Prior
 from mtl.tables import Tables
 
+if TYPE_CHECKING:  # pyspark.ml takes a second to import, and workers need it only where a pipeline was given
+    from mtl.pipeline import PipelineEncoder
+
 
 @dataclass(frozen=True)
 class Artefact:
     """The learnt functions of a model version, stored pickled: load only tables that you trust."""
 
     user_encoder: Encoder
-    input_encoder: Encoder
+    input_encoder: Encoder | PipelineEncoder
     activity: Activity | None  # of the inputs; with it, log-counts of events are the last attribute of both sides
     users: Prior
     inputs: InputPrior
@@ -79,7 +82,7 @@ class Model:
         precision = self.artefact.users.precision
         return gaussian.posterior(a / self.noise + gaussian.pack(precision), b / self.noise + prior_mean @ precision)
 
-    def _encoded(self, encoder: Encoder, attributes: pd.DataFrame) -> Array:
+    def _encoded(self, encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame) -> Array:
         z = encoder(attributes)
         return np.column_stack([z, np.zeros(len(z))]) if self.artefact.activity else z
 

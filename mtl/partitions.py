@@ -17,6 +17,7 @@ from mtl import blocks
 from mtl.arrow import lists, matrix
 from mtl.blocks import UserTotals
 from mtl.encode import Encoder
+from mtl.gaussian import Array
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 
 _ATTRIBUTES = "attributes"
@@ -78,7 +79,7 @@ def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordB
             return
         table = pa.Table.from_batches(rows)
         events, described = table, table.slice(0, 0)
-        attributes = np.empty((0, width))
+        attributes: Array = np.empty((0, width))
         if _ATTRIBUTES in table.column_names:
             is_event = table[_ATTRIBUTES].is_null()
             events, described = table.filter(is_event), table.filter(pc.invert(is_event))

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 from tqdm import tqdm
 
 from mtl import alternation, gaussian, models, schema
@@ -27,7 +29,9 @@ from mtl.features import Features, feature_rows
 from mtl.gaussian import Posterior
 from mtl.models import Artefact, Model
 from mtl.oracle import make_oracle
+from mtl.oracle.imports import load_object
 from mtl.partitions import encode_users, partition_events, user_totals
+from mtl.pipeline import PipelineEncoder
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.tables import Tables
@@ -48,7 +52,7 @@ class Trained:
     fit: Fit
     catalogue: Catalogue
     user_encoder: Encoder
-    input_encoder: Encoder
+    input_encoder: Encoder | PipelineEncoder
     input_activity: Activity | None
     user_activity: Activity | None
     k: int
@@ -98,12 +102,13 @@ def train(tables: Tables, settings: Settings) -> Trained:
     """
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
     events = tables.read(schema.EVENTS, events_version)
-    attributes = tables.read(schema.INPUTS, inputs_version).toPandas()
+    input_rows = tables.read(schema.INPUTS, inputs_version)
+    attributes = input_rows.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID])
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     identity = settings.oracle.kind == "identity"
-    input_encoder = Encoder.fit(attributes.drop(columns=INPUT_ID).iloc[:, : 0 if identity else None], settings.encode)
+    input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), input_rows.drop(INPUT_ID).schema)
     input_activity = catalogue.activity() if settings.encode.activity and not identity else None
     described = describe_inputs(catalogue, attributes, input_encoder, input_activity)
 
@@ -134,6 +139,14 @@ def train(tables: Tables, settings: Settings) -> Trained:
         events_version,
         inputs_version,
     )
+
+
+def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> Encoder | PipelineEncoder:
+    if settings.oracle.pipeline:
+        make = load_object("oracle.pipeline", settings.oracle.pipeline)
+        return PipelineEncoder.fit(attributes, kinds, make())
+    used = attributes.iloc[:, :0] if settings.oracle.kind == "identity" else attributes
+    return Encoder.fit(used, settings.encode)
 
 
 def _model(trained: Trained, version: int, status: str) -> Model:

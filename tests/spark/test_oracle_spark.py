@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import cloudpickle
 import numpy as np
+import pandas as pd
 import pytest
 from oracle_checks import OracleChecks, grid
+from pyspark.ml import Pipeline
 from pyspark.ml.clustering import KMeans
+from pyspark.ml.feature import VectorAssembler
 from pyspark.ml.regression import AFTSurvivalRegression, GBTRegressor, LinearRegression
 from pyspark.sql import SparkSession
 from sklearn.linear_model import LinearRegression as LeastSquares
@@ -15,6 +19,7 @@ from mtl.config import OracleSettings
 from mtl.errors import ConfigError
 from mtl.oracle import make_oracle
 from mtl.oracle.spark import spark_oracle
+from mtl.pipeline import ENCODED, PipelineEncoder
 
 ORACLES = {
     "pyspark LinearRegression": (LinearRegression, {"solver": "normal"}),
@@ -73,3 +78,24 @@ def test_an_estimator_that_cannot_be_an_oracle_is_a_mistake_in_the_settings(
     )
     with pytest.raises(ConfigError, match=reason):
         make_oracle(settings)
+
+
+def embedding() -> Pipeline:
+    """A pipeline as a user would name it in oracle.pipeline."""
+    return Pipeline(stages=[VectorAssembler(inputCols=["year"], outputCol=ENCODED, handleInvalid="keep")])
+
+
+def test_a_pipeline_replaces_the_encodings(spark: SparkSession) -> None:
+    rows = pd.DataFrame({"year": [1.0, 2.0, 6.0], "title": ["a", None, "c"]})
+    encoder = PipelineEncoder.fit(rows, spark.createDataFrame(rows).schema, embedding())
+    expected = [[1, -2.0], [1, -1.0], [1, 3.0]]
+    np.testing.assert_allclose(encoder(rows), expected)
+    np.testing.assert_allclose(cloudpickle.loads(cloudpickle.dumps(encoder))(rows), expected)
+    np.testing.assert_allclose(encoder(pd.DataFrame({"year": [np.nan], "title": [None]})), [[1, 0.0]])
+
+
+def test_a_pipeline_without_the_encoded_column_is_refused(spark: SparkSession) -> None:
+    rows = pd.DataFrame({"year": [1.0, 2.0]})
+    pipeline = Pipeline(stages=[VectorAssembler(inputCols=["year"], outputCol="other")])
+    with pytest.raises(ConfigError, match="encoded"):
+        PipelineEncoder.fit(rows, spark.createDataFrame(rows).schema, pipeline)

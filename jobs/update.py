@@ -1,6 +1,8 @@
 """New events into the users of the live model."""
 
 import argparse
+import signal
+import threading
 from typing import Any
 
 from pyspark.sql import SparkSession
@@ -14,7 +16,7 @@ DESCRIPTION = """\
 Apply the events that came after training to the users of the live model version, each exactly once.
 
 A stream with a checkpoint: run again, after a crash too, it goes on where it stopped. Events of an input that is not
-known wait until jobs/ingest.py brings the input."""
+known wait until jobs/ingest.py brings the input. SIGTERM stops it after the batch in hand."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(spark: SparkSession, settings: Settings, parsed: argparse.Namespace) -> dict[str, Any]:
-    return update(Tables(spark, settings.tables.root), settings, parsed.available_now, parsed.model_version)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    tables = Tables(spark, settings.tables.root)
+    return update(tables, settings, parsed.available_now, parsed.model_version, stop)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ class UserTotals:
 
     gram: Array  # Σ r rᵀ of the raw rows r = [z, log(1+n), 1 if n > 0]
 
+    @property
+    def n_users(self) -> int:
+        return int(self.gram[0, 0])
+
     def activity(self) -> Activity:
         return Activity.fit(self.gram[-1, -2], self.gram[-2, -2], int(self.gram[-1, -1]))
 

@@ -121,7 +121,7 @@ def train(tables: Tables, settings: Settings) -> Trained:
 
     totals = user_totals(partitions)
     user_activity = totals.activity() if input_activity else None
-    k = MAX_K if settings.model.k == "auto" else settings.model.k
+    k = _dimensions(settings, totals.n_users, len(catalogue.ids))
     mean, squares, seed = catalogue.mean_label, catalogue.squared_labels, settings.train.seed
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), k) else SparkEngine
     engine = make(partitions, described, mean, squares, k, seed, user_activity)
@@ -147,6 +147,13 @@ def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.Struct
         return PipelineEncoder.fit(attributes, kinds, make())
     used = attributes.iloc[:, :0] if settings.oracle.kind == "identity" else attributes
     return Encoder.fit(used, settings.encode)
+
+
+def _dimensions(settings: Settings, n_users: int, n_inputs: int) -> int:
+    """k as forced, or as many as the data can tell apart up to a maximum; what is too many the priors shrink."""
+    if settings.model.k != "auto":
+        return settings.model.k
+    return max(1, min(MAX_K, n_users - 1, n_inputs - 1))
 
 
 def _model(trained: Trained, version: int, status: str) -> Model:

@@ -70,6 +70,7 @@ class Updater:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.inputs = self._load_inputs()
+        self.inputs_version: int | None = None  # the commit of inputs at the last release
 
     @property
     def application(self) -> str:
@@ -153,6 +154,13 @@ class Updater:
                 tag = self.tables.delta(schema.WAITING).alias("w").merge(source, same)
                 tag.whenMatchedUpdate(set={schema.RELEASED: F.lit(number)}).execute()
             return self._finish_release(number)
+
+    def release_if_inputs_came(self) -> None:
+        """:meth:`release` when the inputs table has a commit that was not looked at yet."""
+        version = self.tables.version(schema.INPUTS)
+        if version != self.inputs_version:
+            self.release()
+            self.inputs_version = version
 
     def _finish_release(self, number: int) -> int:
         """MERGE, then the ledger row by which a release is known to be complete."""
@@ -243,12 +251,16 @@ class Updater:
 
 
 def update(
-    tables: Tables, settings: Settings, available_now: bool = True, version: int | None = None
+    tables: Tables,
+    settings: Settings,
+    available_now: bool = True,
+    version: int | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Run the update query of a model version, the live one by default, from where it stopped.
 
     Args:
-        available_now: end when all events there are have been applied; else run until stopped.
+        available_now: end when all events there are have been applied; else run until ``stop`` is set.
 
     Raises:
         StateError: there is no such version.
@@ -261,8 +273,9 @@ def update(
     partitions = settings.update.partitions or tables.spark.sparkContext.defaultParallelism
     updater = Updater(tables, model, checkpoint, partitions)
     _check(updater)
-    if _await_events(updater, settings, available_now):
-        _run(updater, settings, available_now)
+    stop = stop or threading.Event()
+    if _await_events(updater, settings, available_now, stop):
+        _run(updater, settings, available_now, stop)
     updater.release()
     return {"model_version": model.version, **vars(updater.tally), "seconds": round(time.monotonic() - started, 3)}
 
@@ -279,16 +292,15 @@ def _distinct_inputs(events: DataFrame) -> pa.Array:
     return events.select(INPUT_ID).distinct().toArrow()[INPUT_ID].combine_chunks()
 
 
-def _await_events(updater: Updater, settings: Settings, available_now: bool) -> bool:
+def _await_events(updater: Updater, settings: Settings, available_now: bool, stop: threading.Event) -> bool:
     """Whether there is a commit to start from: Delta starts no stream at a version that does not exist yet."""
     while _is_new(updater.checkpoint) and updater.tables.version(schema.EVENTS) == updater.model.events_version:
-        if available_now:
+        if available_now or stop.wait(max(1.0, settings.update.trigger_seconds)):
             return False
-        time.sleep(settings.update.trigger_seconds)
     return True
 
 
-def _run(updater: Updater, settings: Settings, available_now: bool) -> None:
+def _run(updater: Updater, settings: Settings, available_now: bool, stop: threading.Event) -> None:
     events = updater.tables.stream(
         schema.EVENTS,
         startingVersion=updater.model.events_version + 1,
@@ -301,9 +313,9 @@ def _run(updater: Updater, settings: Settings, available_now: bool) -> None:
         writer = writer.trigger(processingTime=f"{settings.update.trigger_seconds} seconds")
     query = writer.queryName(f"update-v{updater.model.version}").start()
     try:
-        while not query.awaitTermination(max(1, int(settings.update.trigger_seconds))):
+        while not query.awaitTermination(max(1, int(settings.update.trigger_seconds))) and not stop.is_set():
             if not available_now:
-                updater.release()
+                updater.release_if_inputs_came()
     except StreamingQueryException as error:
         raise updater.failure or error from error
     finally:

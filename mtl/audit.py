@@ -93,7 +93,7 @@ def _update_adds_up(tables: Tables, model: Model) -> Check:
     trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     total, n, distinct = users.agg(F.sum(schema.N_EVENTS), F.count(F.lit(1)), F.count_distinct(USER_ID)).first()
-    return {
+    check = {
         "holds": not gaps and total == trained + applied and n == distinct,
         "gaps": gaps,
         "trained": trained,
@@ -102,6 +102,11 @@ def _update_adds_up(tables: Tables, model: Model) -> Check:
         "waiting": _waiting(tables, model).count(),
         "repeated_users": n - distinct,
     }
+    if not check["holds"]:
+        check["advice"] = (
+            "a batch that was interrupted ends with jobs/update.py --available-now: run it and audit again"
+        )
+    return check
 
 
 def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Check:

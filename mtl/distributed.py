@@ -115,7 +115,7 @@ class DistributedEngine:
         """``work(block, features, arguments, …)`` of every user partition, with the features of the inputs it saw."""
         own = self.state.groupBy(_SHARD)
         features = self.routes.groupBy(_SHARD).cogroup(own).applyInArrow(_slice(self.shard_inputs), _PIECE)
-        shared = self._broadcast((self.mean_label, self.shard_inputs, arguments))
+        shared = self._broadcast((self.d, self.mean_label, self.shard_inputs, arguments))
         pair = rows.groupBy(_PARTITION).cogroup(features.groupBy(_PARTITION))
         return pair.applyInArrow(_on_partition(work, shared), ddl)
 
@@ -200,9 +200,11 @@ def _slice(size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
 
 def _on_partition(work: Callable[..., Iterator[pa.Table]], shared: Any) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def partition(rows: pa.Table, pieces: pa.Table) -> pa.Table:
-        mean_label, size, arguments = shared.value
+        d, mean_label, size, arguments = shared.value
         pieces = pieces.sort_by(_SHARD)
-        parts = [cloudpickle.loads(payload.as_buffer()) for payload in pieces["payload"]]
+        nothing = random_start(1, d, 0)
+        parts = [Posterior(*(part[:0] for part in nothing))]  # all there is where no user has an event
+        parts += [cloudpickle.loads(payload.as_buffer()) for payload in pieces["payload"]]
         seen = Posterior(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         features = Features.of(seen.mean, seen.covariance, mean_label)
         names = [name for name in rows.column_names if name != _PARTITION]

@@ -27,7 +27,8 @@ def job(name: str, folder: Path, *arguments: str) -> list[str]:
         "model.k=2",
         "train.iterations=2",
     ]
-    settings = [f"tables.root={folder / 'tables'}", *fixed, "update.max_files_per_trigger=1"]
+    options = 'spark.options={"spark.driver.extraJavaOptions" = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}'
+    settings = [options, f"tables.root={folder / 'tables'}", *fixed, "update.max_files_per_trigger=1"]
     sets = [word for setting in settings for word in ("--set", setting)]
     return [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments, *sets]
 
@@ -56,7 +57,7 @@ def test_kill_9_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> N
     order = np.random.default_rng(0).permutation(len(PROBLEM))
     run("ingest", tmp_path, "--events", write(tmp_path, "base.csv", order[:400]))
     run("retrain", tmp_path)
-    for i, part in enumerate(np.array_split(order[400:], 3)):
+    for i, part in enumerate(np.array_split(order[400:], 2)):
         run("ingest", tmp_path, "--events", write(tmp_path, f"stream{i}.csv", part))
     moments = random.Random(time.time_ns())
     for _ in range(KILLS):

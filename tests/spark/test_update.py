@@ -231,8 +231,9 @@ def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypa
         update(live, settings())
     applied = state(live)
     append(live, rows(np.arange(260, 280)))
-    for file in Path(checkpoint_of(live, settings(), load_model(live)), "offsets").iterdir():
-        file.write_text(file.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
+    planned = Path(checkpoint_of(live, settings(), load_model(live)), "offsets", "0")
+    planned.with_name(".0.crc").unlink()
+    planned.write_text(planned.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
     with pytest.raises(ReplayError, match="damaged; nothing was applied"):
         update(live, settings())
     assert_same(state(live), applied)

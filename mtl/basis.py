@@ -148,6 +148,8 @@ def integrated_weights(precision: Array, information: Array, covariance: Array, 
 
 
 def _predict(function: Regressor, attributes: Array, i: int) -> Array:
+    if not len(attributes):
+        return np.empty(0)  # scikit-learn refuses to predict nothing
     try:
         values = np.asarray(function.predict(attributes), float)
     except Exception as error:

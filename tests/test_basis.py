@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cloudpickle
 import numpy as np
@@ -15,6 +15,7 @@ from mtl.alternation import InputSums
 from mtl.basis import OracleBasis
 from mtl.errors import OracleError
 from mtl.gaussian import Array
+from mtl.oracle.linear import fit_ridge
 from mtl.prior import Moments
 
 D, MEAN_LABEL, NOISE = 3, 0.6, 0.4
@@ -276,3 +277,12 @@ def test_a_stored_basis_predicts_the_same_without_its_oracle_or_training_rows(pr
     np.testing.assert_array_equal(back.mean(new), basis.mean(new))
     np.testing.assert_array_equal(back.covariance, basis.covariance)
     assert basis.oracle is oracle
+
+
+def test_no_inputs_have_no_predictions_whatever_the_regressor_thinks_of_it() -> None:
+    class Refusing:
+        def predict(self, attributes: Array) -> Array:
+            raise ValueError("Found array with 0 sample(s)")
+
+    basis = replace(OracleBasis.start(fit_ridge, 2, 0.2, residual=True), functions=(Refusing(), Refusing()))
+    assert basis.mean(np.empty((0, 3))).shape == (0, 2)

@@ -27,7 +27,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     settings = load_settings(
         assignments=[
             "spark.master=local[2]",
-            "spark.driver_memory=2g",
+            "spark.driver_memory=3g",
             "spark.shuffle_partitions=2",
             "spark.options={" + ", ".join(f'"{key}" = "{value}"' for key, value in options.items()) + "}",
         ]

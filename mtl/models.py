@@ -14,7 +14,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from mtl import gaussian, schema
+from mtl import alternation, gaussian, schema
 from mtl.basis import InputPrior
 from mtl.encode import Activity, Encoder
 from mtl.errors import StateError
@@ -79,8 +79,7 @@ class Model:
 
     def user_posteriors(self, a: Array, b: Array, prior_mean: Array) -> Posterior:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
-        precision = self.artefact.users.precision
-        return gaussian.posterior(a / self.noise + gaussian.pack(precision), b / self.noise + prior_mean @ precision)
+        return alternation.posteriors(a, b, prior_mean, self.artefact.users.precision, self.noise)
 
     def _encoded(self, encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame) -> Array:
         z = encoder(attributes)

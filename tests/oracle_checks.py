@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cloudpickle
 import numpy as np
-import pytest
 
 from mtl.basis import Oracle
 from mtl.gaussian import Array
@@ -18,10 +17,6 @@ def grid(n: int, seed: int = 0) -> tuple[Array, Array]:
 
 
 class OracleChecks:
-    @pytest.fixture
-    def oracle(self) -> Oracle:
-        raise NotImplementedError
-
     def test_predictions_are_one_finite_number_a_row_that_tell_the_target(self, oracle: Oracle) -> None:
         z, target = grid(300)
         function = oracle(z, target, np.ones(300))

@@ -250,5 +250,6 @@ def test_mistaken_variable_is_named(monkeypatch, name, shown):
 
 
 def test_other_programs_variables_are_left_alone(monkeypatch):
+    usual = load_settings()
     monkeypatch.setenv("MTL_HUD_ENABLED", "1")  # Apple's Metal has the same prefix
-    load_settings()
+    assert load_settings() == usual

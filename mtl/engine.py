@@ -162,20 +162,11 @@ class SparkEngine(LocalEngine):
     """The users' events in Spark, the inputs on the driver; per pass a broadcast out and one row a partition back.
 
     Args:
-        partitions: persisted rows of :data:`mtl.blocks.ARROW_SCHEMA`.
+        partitions: persisted rows of :data:`mtl.blocks.ARROW_SCHEMA`; the others as of :class:`LocalEngine`.
     """
 
-    def __init__(
-        self,
-        partitions: DataFrame,
-        attributes: Array,
-        mean_label: float,
-        squared_labels: float,
-        k: int,
-        seed: int = 0,
-        activity: Activity | None = None,
-    ):
-        super().__init__((), attributes, mean_label, squared_labels, k, seed, activity)
+    def __init__(self, partitions: DataFrame, *arguments: Any, **named: Any):
+        super().__init__((), *arguments, **named)
         self.blocks = partitions
 
     def each_partition(self, step: UserStep) -> Iterator[tuple[np.ndarray, InputSums, Moments]]:

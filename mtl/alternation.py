@@ -62,21 +62,21 @@ def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Posterior) 
     return InputSums(weights.T @ second, labels.T @ mean)
 
 
-def input_evidence(sums: InputSums, mean_label: float) -> tuple[Array, Array]:
+def input_evidence(sums: InputSums, mu: float) -> tuple[Array, Array]:
     """What the events say of c_x = [o, q]: precision·σ², packed (n, d(d+1)/2), and information·σ², (n, d).
 
     The user's intercept multiplies nothing of the input: its column moves to the label's side, and so does μ.
     """
     e = sums.first.shape[1]
-    known = gaussian.row(sums.second, e, 1) + mean_label * gaussian.row(sums.second, e, 0)
+    known = gaussian.row(sums.second, e, 1) + mu * gaussian.row(sums.second, e, 0)
     return gaussian.block(sums.second, e, _of_input(e)), (sums.first - known)[:, _of_input(e)]
 
 
-def squared_error(sums: InputSums, inputs: Posterior, mean_label: float) -> float:
+def squared_error(sums: InputSums, inputs: Posterior, mu: float) -> float:
     """Σ c E[(y − h)²] − Σ c y² over the events behind ``sums``, from the sums alone."""
     e = sums.first.shape[1]
     mean = np.insert(inputs.mean, 1, 1.0, axis=1)
-    mean[:, 0] += mean_label
+    mean[:, 0] += mu
     second = gaussian.outer(mean)
     rows, columns = gaussian.triangle(e)
     second[:, (rows != 1) & (columns != 1)] += inputs.covariance

@@ -32,19 +32,6 @@ Oracle = Callable[[Array, Array, Array], Regressor]
 """fit(attributes (n, p), target (n,), weight (n,)) → Regressor: all that an oracle ever is given."""
 
 
-class InputPrior(Protocol):
-    """What the engine needs of the inputs' side."""
-
-    @property
-    def covariance(self) -> Array: ...
-
-    def mean(self, attributes: Array) -> Array: ...
-    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior: ...
-    def moments(self, inputs: Posterior, attributes: Array) -> Moments: ...
-    def learn(self, moments: Moments) -> InputPrior: ...
-    def divergence(self, moments: Moments) -> float: ...
-
-
 @dataclass(frozen=True)
 class OracleBasis:
     """c_x ~ N(g(z_x), S) with g_0 … g_k fitted by an oracle, or c_x = g(z_x) exactly where there is no residual.
@@ -118,8 +105,14 @@ class OracleBasis:
         """Without the oracle and the training inputs: what is stored of a model only predicts."""
         return {**self.__dict__, "oracle": None, "_known": None}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"refused_oracle_steps": self.refused}
+
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        mean = self.mean(attributes)
+        return self.conditional(precision, information, self.mean(attributes), noise)
+
+    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         if not self.residual:
             return Posterior(mean, np.zeros_like(precision), np.zeros(len(mean)))
         return alternation.posteriors(precision, information, mean, np.linalg.inv(self.covariance), noise)

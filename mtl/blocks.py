@@ -32,6 +32,8 @@ ARROW_SCHEMA = pa.schema(
         ("places", pa.binary()),
         ("weights", pa.binary()),
         ("labels", pa.binary()),
+        ("precision", pa.binary()),
+        ("information", pa.binary()),
     ]
 )
 DDL = ", ".join(f"{name} binary" for name in ARROW_SCHEMA.names)
@@ -62,7 +64,11 @@ class UserTotals:
 
 @dataclass(frozen=True)
 class EventBlock:
-    """Some users' events: a CSR pattern (users, inputs seen) with weights c and weighted labels c·y."""
+    """Some users' events: a CSR pattern (users, inputs seen) with weights c and weighted labels c·y.
+
+    Under another loss than the squared one the entries also have working values (:mod:`mtl.losses`), which change from
+    pass to pass; without them the weights and labels are what enters the sums.
+    """
 
     attributes: Array  # (users, p), first column 1
     n_events: NDArray[np.int64]  # (users,)
@@ -72,17 +78,23 @@ class EventBlock:
     weights: Array
     labels: Array
     users: pa.Array | None = None  # ids, (users,); None where a pass does not need them
+    precision: Array | None = None  # c·ω of each entry
+    information: Array | None = None  # c·ω·z
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def matrix(self, values: Array) -> sp.csr_matrix:
+        """(users, inputs seen) with ``values`` for the entries."""
+        return sp.csr_matrix((values, self.places, self.starts), shape=(len(self), len(self.inputs)))
+
     @cached_property
     def weight_matrix(self) -> sp.csr_matrix:
-        return sp.csr_matrix((self.weights, self.places, self.starts), shape=(len(self), len(self.inputs)))
+        return self.matrix(self.weights)
 
     @cached_property
     def label_matrix(self) -> sp.csr_matrix:
-        return sp.csr_matrix((self.labels, self.places, self.starts), shape=(len(self), len(self.inputs)))
+        return self.matrix(self.labels)
 
     def described(self, users: slice, activity: Activity | None) -> Array:
         """Attributes of some users, (n, p), their activity last where it counts."""
@@ -94,11 +106,14 @@ class EventBlock:
         rows = np.column_stack([self.attributes, np.log1p(self.n_events), self.n_events > 0])
         return UserTotals(rows.T @ rows)
 
-    def parts(self, size: int = USERS_AT_ONCE) -> Iterator[tuple[slice, sp.csr_matrix, sp.csr_matrix]]:
-        """(users, weights, labels) for at most ``size`` users at a time."""
+    def parts(self, size: int = USERS_AT_ONCE) -> Iterator[slice]:
+        """At most ``size`` users at a time."""
         for first in range(0, len(self), size):
-            users = slice(first, first + size)
-            yield users, self.weight_matrix[users], self.label_matrix[users]
+            yield slice(first, min(first + size, len(self)))
+
+    def entries(self, users: slice) -> slice:
+        """Where the entries of a run of users are."""
+        return slice(int(self.starts[users.start]), int(self.starts[users.stop]))
 
 
 def build(
@@ -155,11 +170,15 @@ def to_arrow(block: EventBlock) -> pa.RecordBatch:
         stream.write_batch(ids)
     buffers = {
         "users": sink.getvalue().to_pybytes(),
-        **{
-            name: np.ascontiguousarray(getattr(block, name)).tobytes() for name in ARROW_SCHEMA.names if name != "users"
-        },
+        **{name: buffer(block, name) for name in ARROW_SCHEMA.names if name != "users"},
     }
     return pa.record_batch([pa.array([buffers[name]], pa.binary()) for name in ARROW_SCHEMA.names], schema=ARROW_SCHEMA)
+
+
+def buffer(block: EventBlock, name: str) -> bytes | None:
+    """The array ``name`` of a block as bytes."""
+    values = getattr(block, name)
+    return None if values is None else np.ascontiguousarray(values).tobytes()
 
 
 def from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[EventBlock]:
@@ -180,6 +199,11 @@ def from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[EventBlock]:
                 weights=np.frombuffer(buffers["weights"]),
                 labels=np.frombuffer(buffers["labels"]),
                 users=users,
+                **{
+                    name: np.frombuffer(buffers[name])
+                    for name in ("precision", "information")
+                    if buffers.get(name) is not None
+                },
             )
 
 

@@ -22,6 +22,7 @@ DEFAULTS = Path(__file__).resolve().parent.parent / "conf" / "default.toml"
 ENVIRONMENT_PREFIX = "MTL_"
 
 AutoOrCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+AutoOrAny = Literal["auto"] | Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -49,9 +50,11 @@ class IngestSettings(_Section):
 
 
 class ModelSettings(_Section):
-    form: Literal["shared_basis"]
-    loss: Literal["squared"]
-    k: AutoOrCount
+    form: Literal["shared_basis", "multilevel"]
+    loss: Literal["squared", "logistic", "poisson"]
+    k: AutoOrAny
+    per_user: list[str]
+    per_input: list[str]
 
 
 class TrainSettings(_Section):
@@ -68,7 +71,7 @@ class OracleSettings(_Section):
     kind: Literal["identity", "linear", "sklearn", "spark"]
     factory: str
     params: dict[str, Any]
-    residual: bool
+    residual: Literal["auto"] | bool
     pipeline: str
 
 

@@ -17,17 +17,17 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from mtl import alternation, blocks
+from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
-from mtl.basis import InputPrior, OracleBasis, integrated_weights
+from mtl.basis import OracleBasis, integrated_weights
 from mtl.blocks import EventBlock
-from mtl.encode import Activity
-from mtl.engine import FeatureWork, UserStep, UserWork, random_start
+from mtl.engine import FeatureWork, Specification, UserStep, UserWork
 from mtl.errors import ConfigError
 from mtl.features import Features
+from mtl.forms import PartlyGiven
 from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
-from mtl.prior import Moments, Prior
+from mtl.prior import Moments, VectorPrior
 
 SHARD_INPUTS = 16_384
 
@@ -38,59 +38,67 @@ _STATE = f"{_SHARD} int, state binary, reply binary"
 
 
 class DistributedEngine:
-    """Users' events and inputs' posteriors in Spark; see :class:`mtl.engine.LocalEngine` for the arguments.
+    """Users' events and inputs' posteriors in Spark, for squared loss.
+
+    Args:
+        rows, specification: see :class:`mtl.engine.SparkEngine`.
+        shard_inputs: number of inputs in a shard.
 
     Raises:
-        ConfigError: (from ``fit_oracle``) the oracle is neither identity nor linear: a black box is fitted on the driver.
+        ConfigError: the loss is not squared; (from ``refit``) the oracle is neither identity nor linear, for a black box
+            is fitted on the driver.
     """
 
-    def __init__(
-        self,
-        partitions: DataFrame,
-        attributes: Array,
-        mean_label: float,
-        squared_labels: float,
-        k: int,
-        seed: int = 0,
-        activity: Activity | None = None,
-        shard_inputs: int = SHARD_INPUTS,
-    ):
-        self.spark = partitions.sparkSession
-        self.blocks = partitions.withColumn(_PARTITION, F.spark_partition_id())
-        self.mean_label, self.squared_labels, self.activity = mean_label, squared_labels, activity
-        self.d, self.shard_inputs = k + 1, shard_inputs
+    def __init__(self, rows: DataFrame, specification: Specification, shard_inputs: int = SHARD_INPUTS):
+        if not specification.loss.is_quadratic:
+            raise ConfigError(f'{specification.loss.name} loss is trained with train.reduction = "driver" only')
+        self.spark, self.rows = rows.sparkSession, rows
+        self.blocks = rows.withColumn(_PARTITION, F.spark_partition_id())
+        self.specification = replace(specification, attributes=specification.attributes[:0])  # what is sent around
+        self.shard_inputs = shard_inputs
         self.routes = (
             self.blocks.select(_PARTITION, "inputs").mapInArrow(_routes(shard_inputs), _PIECE).localCheckpoint()
         )
-        self.state = self._start(attributes, seed)
+        self.state = self._start(specification)
 
-    def update_users(self, prior: Prior, noise: float) -> tuple[Moments, float]:
+    def update_users(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
         pieces = self._on_partitions(
-            _sums, (prior, noise, self.activity), self.blocks.drop("users"), _PIECE
+            _sums, (prior, noise, self.specification), self.blocks.drop("users"), _PIECE
         ).localCheckpoint()
         replies = [cloudpickle.loads(row[0]) for row in pieces.select("reply").where("reply IS NOT NULL").collect()]
         own = self.state.groupBy(_SHARD)
-        self._replace(
-            own.cogroup(pieces.groupBy(_SHARD)).applyInArrow(
-                _receive(self.d, self.mean_label, self.shard_inputs), _STATE
-            )
-        )
-        return sum(replies, Moments.zero(len(prior.gram), self.d)), self.squared_labels + sum(self._replies())
+        received = _receive(self.specification, self.shard_inputs)
+        self._replace(own.cogroup(pieces.groupBy(_SHARD)).applyInArrow(received, _STATE))
+        return sum(replies[1:], replies[0]), self.specification.squared_labels + sum(self._replies())
 
-    def update_inputs(self, prior: InputPrior, noise: float) -> tuple[Moments, float]:
+    def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
         self._replace(
-            self.state.mapInArrow(_each_shard(_solve, self._broadcast((prior, noise, self.mean_label))), _STATE)
+            self.state.mapInArrow(_each_shard(_solve, self._broadcast((prior, noise, self.specification.mu))), _STATE)
         )
         moments, errors = zip(*self._replies(), strict=True)
-        return sum(moments[1:], moments[0]), self.squared_labels + sum(errors)
+        return sum(moments[1:], moments[0]), self.specification.squared_labels + sum(errors)
 
-    def fit_oracle(self, basis: OracleBasis, noise: float) -> OracleBasis:
+    def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
+        basis = prior.learnt if isinstance(prior, PartlyGiven) else prior
+        if not isinstance(basis, OracleBasis):
+            return prior
         if basis.oracle is not fit_ridge:
             raise ConfigError('a black-box oracle is fitted on the driver: set train.reduction = "driver"')
-        shared = self._broadcast((basis.covariance, noise, self.mean_label))
+        shared = self._broadcast((prior, basis.covariance, noise, self.specification.mu))
         rows = self.state.mapInArrow(_each_shard(_equations, shared), _STATE).select("reply").collect()
         equations = [cloudpickle.loads(row[0]) for row in rows]
-        return replace(basis, functions=sum(equations[1:], equations[0]).solve(basis.functions))
+        basis = replace(basis, functions=sum(equations[1:], equations[0]).solve(basis.functions))
+        return replace(prior, learnt=basis) if isinstance(prior, PartlyGiven) else basis
+
+    def snapshot(self) -> Any:
+        return self.state
+
+    def restore(self, snapshot: Any) -> None:
+        self.state = snapshot
+
+    def close(self) -> None:
+        """Give back the persisted rows."""
+        self.rows.unpersist()
 
     def gram(self) -> Array:
         """Σ z zᵀ over all inputs, (p, p)."""
@@ -115,16 +123,16 @@ class DistributedEngine:
         """``work(block, features, arguments, …)`` of every user partition, with the features of the inputs it saw."""
         own = self.state.groupBy(_SHARD)
         features = self.routes.groupBy(_SHARD).cogroup(own).applyInArrow(_slice(self.shard_inputs), _PIECE)
-        shared = self._broadcast((self.d, self.mean_label, self.shard_inputs, arguments))
+        shared = self._broadcast((self.specification, self.shard_inputs, arguments))
         pair = rows.groupBy(_PARTITION).cogroup(features.groupBy(_PARTITION))
         return pair.applyInArrow(_on_partition(work, shared), ddl)
 
-    def _start(self, attributes: Array, seed: int) -> DataFrame:
-        states = []
-        for first in range(0, len(attributes), self.shard_inputs):
-            part = attributes[first : first + self.shard_inputs]
-            inputs = random_start(len(part), self.d, seed, first)
-            states.append(_Shard(inputs, part, InputSums.zeros(len(part), self.d)))
+    def _start(self, specification: Specification) -> DataFrame:
+        states, n_inputs = [], len(specification.attributes)
+        for first in range(0, n_inputs, self.shard_inputs):
+            part = specification.attributes[first : first + self.shard_inputs]
+            inputs = specification.start(first, len(part))
+            states.append(_Shard(inputs, part, InputSums.zeros(*inputs.mean.shape)))
         rows = pa.concat_tables(_state_row(number, state, None) for number, state in enumerate(states))
         n = min(len(states), self.spark.sparkContext.defaultParallelism)
         return self.spark.createDataFrame(rows).repartition(n, _SHARD).localCheckpoint()
@@ -200,13 +208,14 @@ def _slice(size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
 
 def _on_partition(work: Callable[..., Iterator[pa.Table]], shared: Any) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def partition(rows: pa.Table, pieces: pa.Table) -> pa.Table:
-        d, mean_label, size, arguments = shared.value
+        specification, size, arguments = shared.value
+        d = specification.form.d
         pieces = pieces.sort_by(_SHARD)
-        nothing = random_start(1, d, 0)
-        parts = [Posterior(*(part[:0] for part in nothing))]  # all there is where no user has an event
+        # All there is where no user has an event.
+        parts = [Posterior(np.empty((0, d)), np.empty((0, gaussian.packed_length(d))), np.empty(0))]
         parts += [cloudpickle.loads(payload.as_buffer()) for payload in pieces["payload"]]
         seen = Posterior(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        features = Features.of(seen.mean, seen.covariance, mean_label)
+        features = Features.of(seen.mean, seen.covariance, specification.mu)
         names = [name for name in rows.column_names if name != _PARTITION]
         tables: list[pa.Table] = []
         for number, block in zip(
@@ -223,21 +232,22 @@ def _only(work: UserWork) -> Callable[..., Iterator[pa.Table]]:
 
 
 def _sums(block: EventBlock, features: Features, arguments: Any, partition: int, size: int) -> Iterator[pa.Table]:
-    prior, noise, activity = arguments
+    prior, noise, of = arguments
     local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
-    _, sums, moments = UserStep(features, prior, noise, activity).sums([local])
+    _, said = UserStep(features, prior, noise, of.loss, of.mu, of.activity)(local)
     for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
         rows = np.searchsorted(block.inputs, inputs)
         # The partition's moments travel with its first piece.
-        yield _pieces(partition, shard, inputs, InputSums(sums.second[rows], sums.first[rows]), None if i else moments)
+        sums = InputSums(said.sums.second[rows], said.sums.first[rows])
+        yield _pieces(partition, shard, inputs, sums, None if i else said.moments)
 
 
-def _receive(d: int, mean_label: float, size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
+def _receive(specification: Specification, size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
     """The state of one shard and its sums from the partitions → the state with them, and its part of the error."""
 
     def shard(states: pa.Table, pieces: pa.Table) -> pa.Table:
         ((number, state),) = _states(iter(states.to_batches()))
-        sums = InputSums.zeros(len(state.attributes), d)
+        sums = InputSums.zeros(*state.inputs.mean.shape)
         # In the order of the partitions, so that a repeated task gives the same last bits.
         order = np.argsort(pieces[_PARTITION].to_numpy())
         for i in order:
@@ -245,7 +255,7 @@ def _receive(d: int, mean_label: float, size: int) -> Callable[[pa.Table, pa.Tab
             piece = cloudpickle.loads(pieces["payload"][int(i)].as_buffer())
             sums.second[inputs - number * size] += piece.second
             sums.first[inputs - number * size] += piece.first
-        error = alternation.squared_error(sums, state.inputs, mean_label)
+        error = alternation.squared_error(sums, state.inputs, specification.mu)
         return _state_row(number, replace(state, sums=sums), error)
 
     return shard
@@ -260,16 +270,17 @@ def _each_shard(work: Callable[[_Shard, Any], tuple[_Shard, Any]], shared: Any) 
 
 
 def _solve(state: _Shard, shared: Any) -> tuple[_Shard, tuple[Moments, float]]:
-    prior, noise, mean_label = shared
-    precision, information = alternation.input_evidence(state.sums, mean_label)
-    inputs = prior.posteriors(precision, information, state.attributes, noise)
-    error = alternation.squared_error(state.sums, inputs, mean_label)
+    prior, noise, mu = shared
+    inputs = prior.posteriors(*alternation.input_evidence(state.sums, mu), state.attributes, noise)
+    error = alternation.squared_error(state.sums, inputs, mu)
     return replace(state, inputs=inputs), (prior.moments(inputs, state.attributes), error)
 
 
 def _equations(state: _Shard, shared: Any) -> tuple[_Shard, NormalEquations]:
-    covariance, noise, mean_label = shared
-    precision, information = alternation.input_evidence(state.sums, mean_label)
+    prior, covariance, noise, mu = shared
+    precision, information = alternation.input_evidence(state.sums, mu)
+    if isinstance(prior, PartlyGiven):
+        precision, information = prior.given.evidence(precision, information, prior.given.of(state.attributes))
     W, v = integrated_weights(precision, information, covariance, noise)
     return state, NormalEquations.of(W, v, state.attributes)
 

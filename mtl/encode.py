@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from mtl.config import EncodeSettings
+from mtl.errors import ConfigError
 from mtl.gaussian import Array
 
 # A text column is categories while it has few distinct values for its rows, or short ones.
@@ -34,31 +35,41 @@ class ColumnEncoder(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def linear(self) -> int:
+        """How many of its first columns are the attribute itself, and not a transformation of it."""
+
     def __call__(self, values: pd.Series) -> Array:
         """One column of n values → (n, m) numbers."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """(value, value², missing) with values standardized first, so that the square is one about the mean."""
+    """(value, value², missing) with values standardized first, so that the square is one about the mean.
+
+    Two values need no square, nor an attribute that is missing nowhere its indicator.
+    """
 
     name: str
     centre: float
     scale: float
+    is_curved: bool
     may_miss: bool
+    linear = 1
 
     @classmethod
     def fit(cls, name: str, values: pd.Series) -> Number:
         known = _numbers(values)
         known = known[np.isfinite(known)]
         scale = float(known.std()) if len(known) else 0.0
-        return cls(name, float(known.mean()) if len(known) else 0.0, scale or 1.0, len(known) < len(values))
+        centre = float(known.mean()) if len(known) else 0.0
+        return cls(name, centre, scale or 1.0, len(np.unique(known)) > 2, len(known) < len(values))
 
     def __call__(self, values: pd.Series) -> Array:
         z = (_numbers(values) - self.centre) / self.scale
         missing = ~np.isfinite(z)
         z = np.where(missing, 0.0, np.clip(z, -10, 10))
-        return np.column_stack([z, z**2] + ([missing] if self.may_miss else []))
+        return np.column_stack([z, *([z**2] if self.is_curved else []), *([missing] if self.may_miss else [])])
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,10 @@ class Categories:
     name: str
     known: tuple[Hashable, ...]
     many: bool
+
+    @property
+    def linear(self) -> int:
+        return len(self.known) + 1
 
     @classmethod
     def fit(cls, name: str, values: pd.Series, many: bool, settings: EncodeSettings) -> Categories:
@@ -91,6 +106,10 @@ class Text:
     name: str
     vectorizer: Any  # a fitted scikit-learn Pipeline
     scale: float
+
+    @property
+    def linear(self) -> int:
+        return self.vectorizer[-1].n_components
 
     @classmethod
     def fit(cls, name: str, values: pd.Series, settings: EncodeSettings) -> Text:
@@ -127,6 +146,24 @@ class Encoder:
     def width(self) -> int:
         """p, the constant included."""
         return 1 + len(self.centre)
+
+    def linear(self, setting: str, names: Sequence[str]) -> tuple[int, ...]:
+        """Places of the encoded columns of the attributes ``names`` (["*"]: all), their squares and indicators left out.
+
+        Raises:
+            ConfigError: there is no such attribute; ``setting`` is the key that names it.
+        """
+        known = [column.name for column in self.columns]
+        if unknown := [name for name in names if name != "*" and name not in known]:
+            raise ConfigError(
+                f"{setting}: there is no attribute {unknown[0]!r}; there are {', '.join(known) or 'none'}"
+            )
+        first, places = 1, list[int]()
+        for column in self.columns:
+            if "*" in names or column.name in names:
+                places += range(first, first + column.linear)
+            first += column(pd.Series([None], dtype=object)).shape[1]
+        return tuple(places)
 
     def __call__(self, frame: pd.DataFrame) -> Array:
         """Encode ``frame``; a column that it lacks counts as missing, and a row without any value is the average."""

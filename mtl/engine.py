@@ -1,6 +1,6 @@
 """Where the two sides of the alternation live and how they exchange sums.
 
-The trainer (:mod:`mtl.train`) sees priors, moments and one number for the error; an engine holds users, inputs and
+The trainer (:mod:`mtl.train`) sees priors, moments and one number for the loss; an engine holds users, inputs and
 what passes between them. :class:`LocalEngine` keeps all in this process, :class:`SparkEngine` the users' events in
 Spark partitions and the inputs on the driver; `mtl.distributed` keeps both in Spark.
 """
@@ -8,28 +8,32 @@ Spark partitions and the inputs on the driver; `mtl.distributed` keeps both in S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import cloudpickle
 import numpy as np
 import pyarrow as pa
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
-from mtl.basis import InputPrior, OracleBasis
 from mtl.blocks import EventBlock
 from mtl.encode import Activity
 from mtl.features import Features
+from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
-from mtl.prior import Moments, Prior
+from mtl.losses import Loss
+from mtl.prior import Moments, VectorPrior
+from mtl.working import beliefs
 
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
 _START_CHUNK = 1024  # inputs that share one random stream
 
-_SUMS = pa.schema([(name, pa.binary()) for name in ("inputs", "second", "first", "moments")])
+_SUMS = pa.schema([(name, pa.binary()) for name in ("seen", "second", "first", "rest")])
+_STATE = pa.schema([field for field in blocks.ARROW_SCHEMA if field.name != "users"])
 
 
 FeatureWork = Callable[[int, Posterior, Array], pa.Table]
@@ -39,26 +43,59 @@ UserWork = Callable[[EventBlock, Features, Any], Iterator[pa.Table]]
 """(block, features of the inputs it saw, arguments) → rows."""
 
 
+@dataclass(frozen=True)
+class Specification:
+    """What is trained, beside the users' events."""
+
+    attributes: Array  # of all inputs, (inputs, p)
+    form: Form
+    loss: Loss
+    mu: float  # μ, the link of the mean label
+    squared_labels: float  # Σ c y² over all events
+    seed: int = 0
+    activity: Activity | None = None  # of the users, where it is one of their attributes
+
+    def start(self, first: int, n: int) -> Posterior:
+        """The inputs ``first`` … ``first + n`` before anything is learnt: offset 0 and random factors, whoever holds them."""
+        chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
+        shape = (_START_CHUNK, self.form.k)
+        drawn = [np.random.default_rng([self.seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
+        skip, given = first % _START_CHUNK, self.form.inputs
+        d = len(given.learnt)
+        mean = np.zeros((n, d))
+        mean[:, 1 : 1 + self.form.k] = np.concatenate(drawn)[skip : skip + n]
+        covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
+        learnt = Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
+        return given.whole(learnt, given.of(self.attributes[first : first + n]))
+
+
 class Engine(Protocol):
-    def update_users(self, prior: Prior, noise: float) -> tuple[Moments, float]:
-        """Users' posteriors given the inputs': their moments, and Σ c E[(y − h)²] after the step."""
+    def update_users(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
+        """Users' posteriors given the inputs': their moments, and the deviance after the step.
 
-    def update_inputs(self, prior: InputPrior, noise: float) -> tuple[Moments, float]:
-        """Inputs' posteriors given the users': their moments, and Σ c E[(y − h)²] after the step."""
+        The deviance is Σ c E[(y − h)²] for squared loss, and twice the expected loss for another.
+        """
 
-    def fit_oracle(self, basis: OracleBasis, noise: float) -> OracleBasis:
-        """Refit the basis functions on their weighted datasets, given the users' posteriors."""
+    def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
+        """Inputs' posteriors given the users': their moments, and the deviance after the step."""
+
+    def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
+        """The inputs' prior with its oracle fitted to what the users' posteriors say."""
+
+    def snapshot(self) -> Any:
+        """All that the steps change, for :meth:`restore`."""
+
+    def restore(self, snapshot: Any) -> None: ...
 
 
-def random_start(n: int, d: int, seed: int, first: int = 0) -> Posterior:
-    """The inputs ``first`` … ``first + n`` before anything is learnt: offset 0 and random factors, whoever holds them."""
-    chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
-    shape = (_START_CHUNK, d - 1)
-    drawn = [np.random.default_rng([seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
-    start = first % _START_CHUNK
-    mean = np.column_stack([np.zeros(n), np.concatenate(drawn)[start : start + n]])
-    covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
-    return Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
+@dataclass(frozen=True)
+class BlockSums:
+    """What one block of users says: (A_x, b_x) for the inputs it saw, its users' moments and its part of the loss."""
+
+    seen: np.ndarray  # catalogue indices, sorted
+    sums: InputSums
+    moments: Moments
+    constant: float  # what the deviance has beside what the sums give
 
 
 @dataclass(frozen=True)
@@ -66,32 +103,55 @@ class UserStep:
     """What a partition needs for its half-step: the part of a pass that is sent to the workers."""
 
     features: Features
-    prior: Prior
+    prior: VectorPrior
     noise: float
+    loss: Loss
+    mu: float
     activity: Activity | None = None
+    step: float = 1.0  # how far working values move to their new ones
 
-    def sums(self, partition: Iterable[EventBlock]) -> tuple[np.ndarray, InputSums, Moments]:
-        """(A_x, b_x) over the partition's users, for the inputs it saw (catalogue indices, sorted), and the users' moments."""
-        d = self.features.phi.shape[1]
-        total = InputSums.zeros(len(self.features), d)
-        seen = np.zeros(len(self.features), bool)
-        moments = Moments.zero(len(self.prior.gram), d)
-        for block in partition:
-            features = self.features.take(block.inputs)
-            sums = InputSums.zeros(len(block.inputs), d)
-            for part, weights, labels in block.parts():
-                attributes = block.described(part, self.activity)
-                a, b = alternation.user_sums(weights, labels, features)
-                users = self.prior.posteriors(a, b, attributes, self.noise)
-                step = alternation.input_sums(weights, labels, users)
-                sums.second[:] += step.second
-                sums.first[:] += step.first
-                moments += Moments.of(users, attributes)
-            seen[block.inputs] = True
-            total.second[block.inputs] += sums.second
-            total.first[block.inputs] += sums.first
-        inputs = np.flatnonzero(seen)
-        return inputs, InputSums(total.second[inputs], total.first[inputs]), moments
+    def __call__(self, block: EventBlock) -> tuple[EventBlock, BlockSums]:
+        """The users' posteriors and what they say to the inputs; the block with new working values, where it has any."""
+        features = self.features.take(block.inputs)
+        sums = InputSums.zeros(len(block.inputs), features.phi.shape[1])
+        moments, constant = [], 0.0
+        block = self._started(block)
+        precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
+        for users in block.parts():
+            attributes, entries = block.described(users, self.activity), block.entries(users)
+            weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
+            a, b = alternation.user_sums(weights, labels, features)
+            posteriors = self.prior.posteriors(a, b, attributes, self.noise)
+            moments.append(self.prior.moments(posteriors, attributes))
+            if not self.loss.is_quadratic:
+                mean, variance = beliefs(weights, posteriors, features)
+                events = mean, variance, block.weights[entries], block.labels[entries]
+                for values, fresh in zip((precision, information), self.loss.working(*events), strict=True):
+                    values[entries] += self.step * (fresh - values[entries])
+                surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
+                constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
+                weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
+            said = alternation.input_sums(weights, labels, posteriors)
+            sums.second[:] += said.second
+            sums.first[:] += said.first
+        if not self.loss.is_quadratic:
+            block = replace(block, precision=precision, information=information)
+        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant)
+
+    def _started(self, block: EventBlock) -> EventBlock:
+        """With working values to begin from."""
+        if self.loss.is_quadratic or block.precision is not None:
+            return block
+        mean_label = float(self.loss.response(np.array(self.mu), np.array(0.0)))
+        belief = self.loss.start(block.weights, block.labels, mean_label)
+        precision, information = self.loss.working(*belief, block.weights, block.labels)
+        return replace(block, precision=precision, information=information)
+
+
+def _copies(block: EventBlock) -> tuple[Array, Array]:
+    assert block.precision is not None
+    assert block.information is not None
+    return block.precision.copy(), block.information.copy()
 
 
 class LocalEngine:
@@ -99,100 +159,134 @@ class LocalEngine:
 
     Args:
         partitions: the users' events.
-        attributes: of all inputs, (inputs, p).
-        mean_label: μ.
-        squared_labels: Σ c y² over all events.
-        k: number of basis functions.
-        activity: of the users, where it is one of their attributes.
+        specification: what is trained.
     """
 
-    def __init__(
-        self,
-        partitions: Iterable[EventBlock],
-        attributes: Array,
-        mean_label: float,
-        squared_labels: float,
-        k: int,
-        seed: int = 0,
-        activity: Activity | None = None,
-    ):
-        self.activity = activity
+    def __init__(self, partitions: Iterable[EventBlock], specification: Specification):
         self.partitions = list(partitions)
-        self.attributes = attributes
-        self.mean_label = mean_label
-        self.squared_labels = squared_labels
-        self.inputs = random_start(len(attributes), k + 1, seed)
-        self.sums = InputSums.zeros(len(attributes), k + 1)
+        self.specification = specification
+        self.inputs = specification.start(0, len(specification.attributes))
+        self.sums = InputSums.zeros(*self.inputs.mean.shape)
+        self.constant = 0.0
+        self.applied = self._evidence()  # what the inputs' posteriors were computed from
 
     @property
     def features(self) -> Features:
-        return Features.of(self.inputs.mean, self.inputs.covariance, self.mean_label)
+        return Features.of(self.inputs.mean, self.inputs.covariance, self.specification.mu)
 
-    def update_users(self, prior: Prior, noise: float) -> tuple[Moments, float]:
-        d = self.inputs.mean.shape[1]
-        self.sums = InputSums.zeros(len(self.attributes), d)
-        moments = Moments.zero(len(prior.gram), d)
-        for inputs, sums, of_partition in self.each_partition(UserStep(self.features, prior, noise, self.activity)):
-            self.sums.second[inputs] += sums.second
-            self.sums.first[inputs] += sums.first
-            moments += of_partition
-        return moments, self._squared_error()
+    def update_users(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
+        of = self.specification
+        self.sums = InputSums.zeros(*self.inputs.mean.shape)
+        self.constant = of.squared_labels if of.loss.is_quadratic else 0.0
+        moments = []
+        for said in self.each_block(UserStep(self.features, prior, noise, of.loss, of.mu, of.activity, step)):
+            self.sums.second[said.seen] += said.sums.second
+            self.sums.first[said.seen] += said.sums.first
+            self.constant += said.constant
+            moments.append(said.moments)
+        return sum(moments[1:], moments[0]), self._deviance()
 
-    def update_inputs(self, prior: InputPrior, noise: float) -> tuple[Moments, float]:
-        precision, information = alternation.input_evidence(self.sums, self.mean_label)
-        self.inputs = prior.posteriors(precision, information, self.attributes, noise)
-        return prior.moments(self.inputs, self.attributes), self._squared_error()
+    def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
+        attributes = self.specification.attributes
+        precision, information = self._evidence()
+        if step < 1.0:
+            before = self.applied
+            precision, information = (
+                old + step * (new - old) for old, new in zip(before, (precision, information), strict=True)
+            )
+        self.applied = precision, information
+        self.inputs = prior.posteriors(precision, information, attributes, noise)
+        return prior.moments(self.inputs, attributes), self._deviance()
 
-    def fit_oracle(self, basis: OracleBasis, noise: float) -> OracleBasis:
-        precision, information = alternation.input_evidence(self.sums, self.mean_label)
-        return basis.refit(precision, information, self.attributes, noise)
+    def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
+        return prior.refit(*self._evidence(), self.specification.attributes, noise)
 
     def gram(self) -> Array:
         """Σ z zᵀ over all inputs, (p, p)."""
-        return self.attributes.T @ self.attributes
+        attributes = self.specification.attributes
+        return attributes.T @ attributes
 
-    def each_partition(self, step: UserStep) -> Iterator[tuple[np.ndarray, InputSums, Moments]]:
-        yield step.sums(self.partitions)
+    def snapshot(self) -> Any:
+        return self.inputs, self.applied, self.sums, self.constant, self.partitions
 
-    def _squared_error(self) -> float:
-        return self.squared_labels + alternation.squared_error(self.sums, self.inputs, self.mean_label)
+    def restore(self, snapshot: Any) -> None:
+        self.inputs, self.applied, self.sums, self.constant, self.partitions = snapshot
+
+    def each_block(self, step: UserStep) -> Iterator[BlockSums]:
+        stepped = [step(block) for block in self.partitions]
+        self.partitions = [block for block, _ in stepped]
+        return (said for _, said in stepped)
+
+    def _evidence(self) -> tuple[Array, Array]:
+        return alternation.input_evidence(self.sums, self.specification.mu)
+
+    def _deviance(self) -> float:
+        return self.constant + alternation.squared_error(self.sums, self.inputs, self.specification.mu)
 
 
 class SparkEngine(LocalEngine):
-    """The users' events in Spark, the inputs on the driver; per pass a broadcast out and one row a partition back.
+    """The users' events in Spark, the inputs on the driver; per pass a broadcast out and one row a block back.
+
+    Under another loss than the squared one a pass also leaves the blocks' working values, persisted where the blocks are.
 
     Args:
-        partitions: persisted rows of :data:`mtl.blocks.ARROW_SCHEMA`; the others as of :class:`LocalEngine`.
+        rows: persisted rows of :data:`mtl.blocks.ARROW_SCHEMA`.
+        specification: what is trained.
     """
 
-    def __init__(self, partitions: DataFrame, *arguments: Any, **named: Any):
-        super().__init__((), *arguments, **named)
-        self.blocks = partitions
+    def __init__(self, rows: DataFrame, specification: Specification):
+        super().__init__((), specification)
+        self.rows = rows
+        self.state = rows.drop("users")
+        self.persisted: list[DataFrame] = []  # states of passes, the last one in use
 
-    def each_partition(self, step: UserStep) -> Iterator[tuple[np.ndarray, InputSums, Moments]]:
-        width = step.features.phi.shape[1] + 1
-        broadcast = self.blocks.sparkSession.sparkContext.broadcast(step)
-        try:
-            rows = self.blocks.drop("users").mapInArrow(
-                _sums_in_arrow(broadcast), ", ".join(f"{name} binary" for name in _SUMS.names)
-            )
-            for batch in rows.toArrow().to_batches():
-                for inputs, second, first, moments in zip(*(batch.column(name) for name in _SUMS.names), strict=True):
-                    index = np.frombuffer(inputs.as_buffer(), np.int64)
-                    # The widths are spelt out for a partition without events, whose buffers are empty.
-                    sums = InputSums(
-                        np.frombuffer(second.as_buffer()).reshape(len(index), gaussian.packed_length(width)),
-                        np.frombuffer(first.as_buffer()).reshape(len(index), width),
-                    )
-                    yield index, sums, cloudpickle.loads(moments.as_py())
-        finally:
+    def snapshot(self) -> Any:
+        self._unpersist(self.persisted[:-1])
+        return super().snapshot(), self.state, self.persisted
+
+    def restore(self, snapshot: Any) -> None:
+        local, self.state, persisted = snapshot
+        self._unpersist(self.persisted[len(persisted) :])
+        super().restore(local)
+
+    def close(self) -> None:
+        """Give back what is persisted, the rows included."""
+        self._unpersist([*self.persisted, self.rows])
+
+    def _unpersist(self, frames: list[DataFrame]) -> None:
+        for frame in frames:
+            frame.unpersist()
+        self.persisted = [frame for frame in self.persisted if frame not in frames]
+
+    def each_block(self, step: UserStep) -> Iterator[BlockSums]:
+        keep = not step.loss.is_quadratic
+        broadcast = self.rows.sparkSession.sparkContext.broadcast(step)
+        columns = [*_SUMS.names, *(_STATE.names if keep else ())]
+        passed = self.state.mapInArrow(_step_in_arrow(broadcast, keep), ", ".join(f"{name} binary" for name in columns))
+        if keep:
+            passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
+            self.persisted = [*self.persisted, passed]
+        d = step.features.phi.shape[1]
+        for batch in passed.select(*_SUMS.names).toArrow().to_batches():
+            for seen, second, first, rest in zip(*batch.columns, strict=True):
+                index = np.frombuffer(seen.as_buffer(), np.int32)
+                # The widths are spelt out for a block without events, whose buffers are empty.
+                sums = InputSums(
+                    np.frombuffer(second.as_buffer()).reshape(len(index), gaussian.packed_length(d + 1)),
+                    np.frombuffer(first.as_buffer()).reshape(len(index), d + 1),
+                )
+                yield BlockSums(index, sums, *cloudpickle.loads(rest.as_py()))
+        if keep:
+            self.state = passed.select(*_STATE.names)
+        else:
             broadcast.destroy()
 
     def feature_rows(self, work: FeatureWork, ddl: str) -> DataFrame:
-        return self.blocks.sparkSession.createDataFrame(work(0, self.inputs, self.attributes), ddl)
+        rows = work(0, self.inputs, self.specification.attributes)
+        return self.rows.sparkSession.createDataFrame(rows, ddl)
 
     def user_rows(self, work: UserWork, arguments: Any, ddl: str) -> DataFrame:
-        shared = self.blocks.sparkSession.sparkContext.broadcast((self.features, arguments))
+        shared = self.rows.sparkSession.sparkContext.broadcast((self.features, arguments))
 
         def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             features, arguments = shared.value
@@ -200,13 +294,19 @@ class SparkEngine(LocalEngine):
                 for rows in work(block, features.take(block.inputs), arguments):
                     yield from rows.to_batches()
 
-        return self.blocks.mapInArrow(partition, ddl)
+        return self.rows.mapInArrow(partition, ddl)
 
 
-def _sums_in_arrow(step: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        inputs, sums, moments = step.value.sums(blocks.from_arrow(batches))
-        buffers = (inputs.tobytes(), sums.second.tobytes(), sums.first.tobytes(), cloudpickle.dumps(moments))
-        yield pa.record_batch([pa.array([buffer], pa.binary()) for buffer in buffers], schema=_SUMS)
+        for block in blocks.from_arrow(batches):
+            block, said = step.value(block)
+            rest = cloudpickle.dumps((said.moments, said.constant))
+            buffers = [said.seen.tobytes(), said.sums.second.tobytes(), said.sums.first.tobytes(), rest]
+            names = [*_SUMS.names]
+            if keep:
+                names += _STATE.names
+                buffers += [blocks.buffer(block, name) for name in _STATE.names]
+            yield pa.record_batch([pa.array([buffer], pa.binary()) for buffer in buffers], names)
 
     return partition

@@ -24,26 +24,27 @@ class Features:
     phi: Array  # E[φ], (n, d)
     second_moment: Array  # E[φφᵀ], packed (n, d(d+1)/2)
     offset_phi: Array  # E[oφ], (n, d)
+    offset_variance: Array  # Var[o], (n,)
 
     @classmethod
-    def of(cls, mean: Array, covariance: Array, mean_label: float) -> Features:
-        """From the posteriors of (o − mean_label, f_1…f_k): mean (n, d) and packed covariance (n, d(d+1)/2)."""
+    def of(cls, mean: Array, covariance: Array, mu: float) -> Features:
+        """From the posteriors of (o − μ, f_1…f_k): mean (n, d) and packed covariance (n, d(d+1)/2)."""
         d = mean.shape[1]
         phi = mean.copy()
         phi[:, 0] = 1.0
         # The packed covariance with the offset's row and column cleared is that of φ, whose first entry is certain.
         rows, _ = gaussian.triangle(d)
         second_moment = gaussian.outer(phi) + np.where(rows == 0, 0.0, covariance)
-        offset = mean_label + mean[:, 0]
+        offset = mu + mean[:, 0]
         offset_phi = offset[:, None] * phi
         offset_phi[:, 1:] += gaussian.row(covariance, d, 0)[:, 1:]
-        return cls(offset, phi, second_moment, offset_phi)
+        return cls(offset, phi, second_moment, offset_phi, covariance[:, 0].copy())
 
     def __len__(self) -> int:
         return len(self.offset)
 
     def take(self, rows: np.ndarray) -> Features:
-        return Features(self.offset[rows], self.phi[rows], self.second_moment[rows], self.offset_phi[rows])
+        return Features(*(values[rows] for values in vars(self).values()))
 
 
 def feature_rows(version: int, ids: pa.Array, features: Features, residual: Array) -> pa.Table:
@@ -56,6 +57,7 @@ def feature_rows(version: int, ids: pa.Array, features: Features, residual: Arra
             schema.PHI: lists(features.phi),
             schema.SECOND_MOMENT: lists(features.second_moment),
             schema.OFFSET_PHI: lists(features.offset_phi),
+            schema.OFFSET_VARIANCE: features.offset_variance,
             schema.RESIDUAL: lists(residual),
             schema.INPUT_CLASS: ids,
         }
@@ -69,6 +71,7 @@ def from_rows(rows: pa.Table, d: int) -> Features:
         matrix(rows[schema.PHI], d),
         matrix(rows[schema.SECOND_MOMENT], gaussian.packed_length(d)),
         matrix(rows[schema.OFFSET_PHI], d),
+        rows[schema.OFFSET_VARIANCE].to_numpy(),
     )
 
 

@@ -37,12 +37,12 @@ def triangle(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 @cache
-def _square(d: int) -> NDArray[np.intp]:
+def place(d: int) -> NDArray[np.intp]:
     """(d, d): where entry (i, j) of a symmetric matrix is in its packed row."""
-    place = np.empty((d, d), np.intp)
+    places = np.empty((d, d), np.intp)
     rows, columns = triangle(d)
-    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
-    return place
+    places[rows, columns] = places[columns, rows] = np.arange(len(rows))
+    return places
 
 
 def packed_length(d: int) -> int:
@@ -57,7 +57,7 @@ def pack(matrices: Array) -> Array:
 
 def unpack(packed: Array, d: int) -> Array:
     """Packed (n, d(d+1)/2) → (n, d, d)."""
-    return packed[..., _square(d)]
+    return packed[..., place(d)]
 
 
 def outer(vectors: Array) -> Array:
@@ -74,12 +74,12 @@ def outer(vectors: Array) -> Array:
 def block(packed: Array, d: int, keep: NDArray[np.intp]) -> Array:
     """The rows and columns ``keep`` (m,) of each matrix: packed (n, ·) → packed (n, m(m+1)/2)."""
     rows, columns = triangle(len(keep))
-    return packed[:, _square(d)[keep[rows], keep[columns]]]
+    return packed[:, place(d)[keep[rows], keep[columns]]]
 
 
 def row(packed: Array, d: int, i: int) -> Array:
     """Row i of each matrix: packed (n, ·) → (n, d)."""
-    return packed[:, _square(d)[i]]
+    return packed[:, place(d)[i]]
 
 
 def inner(left: Array, right: Array, d: int) -> Array:
@@ -139,8 +139,7 @@ def _inverse(packed: Array, d: int) -> tuple[Array, Array]:
 
 def _sweep(packed: Array, d: int) -> tuple[Array, Array]:
     """Gauss–Jordan sweep of every pivot, all matrices of the batch at once; pivots of a definite matrix are > 0."""
-    place = _square(d)
-    matrices = np.ascontiguousarray(packed.T)[place]  # (d, d, n): the batch is the fast axis
+    matrices = np.ascontiguousarray(packed.T)[place(d)]  # (d, d, n): the batch is the fast axis
     log_determinants = np.zeros(len(packed))
     change = np.empty_like(matrices)
     for j in range(d):

@@ -24,7 +24,8 @@ _LARGEST_LOG_RATE = 30.0  # e³⁰ events: beyond it a Poisson step is damped, n
 
 class Loss(Protocol):
     name: str
-    learns_noise: bool  # σ² is a parameter; else 1
+    is_quadratic: bool  # no working values are needed, and the noise σ² is learnt; else σ² = 1
+    is_bounded: bool  # the working values bound the loss, so that no step on them can raise it
 
     def link(self, mean: float) -> float:
         """The h of a constant model that predicts ``mean``."""
@@ -44,7 +45,8 @@ class Loss(Protocol):
 
 class Squared:
     name = "squared"
-    learns_noise = True
+    is_quadratic = True
+    is_bounded = True
 
     def link(self, mean: float) -> float:
         return mean
@@ -67,7 +69,8 @@ class Logistic:
     """Labels 0 and 1: −log p = log 2cosh(h/2) − (y − ½)h, bounded by its tangent in h² at ξ² = E[h²]."""
 
     name = "logistic"
-    learns_noise = False
+    is_quadratic = False
+    is_bounded = True
 
     def link(self, mean: float) -> float:
         return float(logit(mean))
@@ -93,7 +96,8 @@ class Poisson:
     """Labels 0, 1, 2, …: −log p = e^h − yh + log y!, with E[e^h] = e^(m + v/2)."""
 
     name = "poisson"
-    learns_noise = False
+    is_quadratic = False
+    is_bounded = False
 
     def link(self, mean: float) -> float:
         return float(np.log(mean))

@@ -14,13 +14,14 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from mtl import alternation, gaussian, schema
-from mtl.basis import InputPrior
+from mtl import gaussian, schema
+from mtl.config import Settings
 from mtl.encode import Activity, Encoder
 from mtl.errors import StateError
 from mtl.features import Features
+from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
-from mtl.prior import Prior
+from mtl.prior import VectorPrior
 from mtl.tables import Tables
 
 if TYPE_CHECKING:  # pyspark.ml takes a second to import, and workers need it only where a pipeline was given
@@ -34,8 +35,8 @@ class Artefact:
     user_encoder: Encoder
     input_encoder: Encoder | PipelineEncoder
     activity: Activity | None  # of the inputs; with it, log-counts of events are the last attribute of both sides
-    users: Prior
-    inputs: InputPrior
+    users: VectorPrior
+    inputs: VectorPrior
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Model:
 
     version: int
     status: str
-    k: int
-    mean_label: float
+    form: Form
+    loss: str
+    mean_label: float  # μ: the link of the mean label, on which h is centred
     noise: float
     label_min: float
     label_max: float
@@ -55,8 +57,8 @@ class Model:
 
     @property
     def d(self) -> int:
-        """Length of φ and w: k basis functions and the intercept."""
-        return self.k + 1
+        """Length of φ and w: the basis functions and the intercept."""
+        return self.form.d
 
     def input_basis(self, attributes: pd.DataFrame) -> Array:
         """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""
@@ -79,7 +81,7 @@ class Model:
 
     def user_posteriors(self, a: Array, b: Array, prior_mean: Array) -> Posterior:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
-        return alternation.posteriors(a, b, prior_mean, self.artefact.users.precision, self.noise)
+        return self.artefact.users.conditional(a, b, prior_mean, self.noise)
 
     def _encoded(self, encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame) -> Array:
         z = encoder(attributes)
@@ -106,7 +108,8 @@ def load_model(tables: Tables, version: int | None = None) -> Model:
     return Model(
         version=row[schema.MODEL_VERSION],
         status=row[schema.STATUS],
-        k=row[schema.K],
+        form=Form(row[schema.K], tuple(row[schema.INPUT_COLUMNS]), tuple(row[schema.USER_COLUMNS])),
+        loss=row[schema.LOSS],
         mean_label=row[schema.MEAN_LABEL],
         noise=row[schema.NOISE],
         label_min=row[schema.LABEL_MIN],
@@ -127,15 +130,23 @@ def next_version(tables: Tables) -> int:
 
 
 def publish(
-    tables: Tables, model: Model, objective: tuple[float, ...], n_events: int, metrics: Mapping[str, Any], settings: str
+    tables: Tables,
+    model: Model,
+    form: str,
+    objective: tuple[float, ...],
+    n_events: int,
+    metrics: Mapping[str, Any],
+    settings: Settings,
 ) -> None:
     """Append the model's row: from then on the version exists."""
     row = {
         schema.MODEL_VERSION: model.version,
         schema.STATUS: model.status,
-        schema.FORM: "shared_basis",
-        schema.LOSS: "squared",
-        schema.K: model.k,
+        schema.FORM: form,
+        schema.LOSS: model.loss,
+        schema.K: model.form.k,
+        schema.INPUT_COLUMNS: list(model.form.input_columns),
+        schema.USER_COLUMNS: list(model.form.user_columns),
         schema.MEAN_LABEL: model.mean_label,
         schema.NOISE: model.noise,
         schema.LABEL_MIN: model.label_min,
@@ -147,7 +158,7 @@ def publish(
         schema.N_EVENTS: n_events,
         schema.OBJECTIVE: list(objective),
         schema.METRICS: json.dumps(metrics),
-        schema.SETTINGS: settings,
+        schema.SETTINGS: settings.model_dump_json(),
     }
     rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
     promoted = F.current_timestamp() if model.status == schema.LIVE else F.lit(None).cast("timestamp")

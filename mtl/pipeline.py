@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,12 @@ class PipelineEncoder:
     @property
     def width(self) -> int:
         return 1 + len(self.centre)
+
+    def linear(self, setting: str, names: Sequence[str]) -> tuple[int, ...]:
+        """Places of all encoded columns for ["*"]; the pipeline's vector has no other names."""
+        if set(names) - {"*"}:
+            raise ConfigError(f'{setting}: with oracle.pipeline it can only be [] or ["*"], the vector {ENCODED!r}')
+        return tuple(range(1, self.width)) if names else ()
 
     def __call__(self, rows: pd.DataFrame) -> Array:
         rows = rows.reindex(columns=self.schema.names)

@@ -13,6 +13,7 @@ MovieLens-100K, so there is nothing to tune.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -50,6 +51,38 @@ class Moments:
         )
 
 
+class VectorPrior(Protocol):
+    """What training and scoring need of one side's prior: users' or inputs', learnt or partly given."""
+
+    @property
+    def covariance(self) -> Array:
+        """S, (d, d); zero for what is certain given the attributes."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was out of the ordinary in training, for its report."""
+
+    def mean(self, attributes: Array) -> Array:
+        """Prior means of attributes (n, p): (n, d)."""
+
+    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
+        """Posteriors of n vectors of known prior means given their data; see :func:`mtl.alternation.posteriors`."""
+
+    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
+        """The same, with the prior means of the attributes."""
+
+    def moments(self, vectors: Posterior, attributes: Array) -> Moments: ...
+
+    def learn(self, moments: Moments) -> VectorPrior:
+        """The prior of highest evidence given the side's posteriors."""
+
+    def divergence(self, moments: Moments) -> float:
+        """KL of the side's posteriors from this prior, its part of the objective (nats)."""
+
+    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> VectorPrior:
+        """With what an oracle fits fitted anew to the side's data."""
+
+
 @dataclass(frozen=True)
 class Prior:
     """N(Bᵀz, S) for every vector of one side."""
@@ -68,13 +101,19 @@ class Prior:
         """S⁻¹, (d, d)."""
         return np.linalg.inv(self.covariance)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def mean(self, attributes: Array) -> Array:
         """Prior means Bᵀz of attributes (n, p): (n, d)."""
         return attributes @ self.coefficients
 
+    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
+        return alternation.posteriors(precision, information, mean, self.precision, noise)
+
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        """Posteriors of n vectors given their data (as :func:`mtl.alternation.posteriors` has it) and this prior."""
-        return alternation.posteriors(precision, information, self.mean(attributes), self.precision, noise)
+        return self.conditional(precision, information, self.mean(attributes), noise)
 
     def moments(self, vectors: Posterior, attributes: Array) -> Moments:
         return Moments.of(vectors, attributes)
@@ -94,6 +133,9 @@ class Prior:
         )
         coefficients = np.linalg.slogdet(self._regularized_gram() / COEFFICIENT_PRECISION)[1]
         return float(vectors + d * coefficients) / 2
+
+    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> Prior:
+        return self  # B is learnt with S
 
     def _regularized_gram(self) -> Array:
         return self.gram + COEFFICIENT_PRECISION * np.eye(len(self.gram))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,48 +17,107 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from tqdm import tqdm
 
-from mtl import alternation, gaussian, models, schema
+from mtl import gaussian, models, schema
 from mtl.arrow import lists
-from mtl.basis import InputPrior, OracleBasis
+from mtl.basis import OracleBasis
 from mtl.blocks import EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
 from mtl.encode import Activity, Encoder
-from mtl.engine import SparkEngine
+from mtl.engine import SparkEngine, Specification
+from mtl.errors import ConfigError
 from mtl.features import Features, feature_rows
+from mtl.forms import Form, partly_given
 from mtl.gaussian import Posterior
+from mtl.losses import LOSSES, Loss
 from mtl.models import Artefact, Model
 from mtl.oracle import make_oracle
 from mtl.oracle.imports import load_object
 from mtl.partitions import encode_users, partition_events, user_totals
 from mtl.pipeline import PipelineEncoder
-from mtl.prior import Prior
+from mtl.prior import Prior, VectorPrior
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
+from mtl.working import settle
 
 log = logging.getLogger("mtl")
 
 MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
+_EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A fitted model with all that its rows are written from; ``partitions`` stay persisted until unpersisted."""
+    """A fitted model with all that its rows are written from; close its ``engine`` when they are."""
 
-    partitions: DataFrame
     engine: SparkEngine | DistributedEngine
     fit: Fit
+    form: Form
+    loss: Loss
     catalogue: Catalogue
     user_encoder: Encoder
     input_encoder: Encoder | PipelineEncoder
     input_activity: Activity | None
     user_activity: Activity | None
-    k: int
-    events_version: int
-    inputs_version: int
+
+    @property
+    def mu(self) -> float:
+        """μ, what h is centred on."""
+        return self.loss.link(self.catalogue.mean_label)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What there is to say of it in one line."""
+        fit, catalogue = self.fit, self.catalogue
+        return {
+            "rows": catalogue.n_events,
+            "inputs": len(catalogue.ids),
+            "k": self.form.k,
+            "noise": fit.noise,
+            "iterations": fit.iterations,
+            "damped_iterations": fit.damped,
+            **fit.inputs.counts,
+        }
+
+    def model(self, version: int, status: str, events_version: int, inputs_version: int) -> Model:
+        fit, catalogue = self.fit, self.catalogue
+        return Model(
+            version=version,
+            status=status,
+            form=self.form,
+            loss=self.loss.name,
+            mean_label=self.mu,
+            noise=fit.noise,
+            label_min=catalogue.label_min,
+            label_max=catalogue.label_max,
+            events_version=events_version,
+            inputs_version=inputs_version,
+            artefact=Artefact(self.user_encoder, self.input_encoder, self.input_activity, fit.users, fit.inputs),
+        )
+
+    def feature_rows(self, version: int) -> DataFrame:
+        """Rows of the features table."""
+        ids, mu, prior = (
+            self.engine.rows.sparkSession.sparkContext.broadcast(self.catalogue.ids),
+            self.mu,
+            self.fit.inputs,
+        )
+
+        def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
+            features = Features.of(inputs.mean, inputs.covariance, mu)
+            residual = inputs.mean - prior.mean(attributes)
+            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual)
+
+        return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
+
+    def user_rows(self, version: int) -> DataFrame:
+        """Rows of the users table, from one more pass over the events under the final features."""
+        arguments = (self.fit.users, self.fit.noise, self.loss, self.user_activity, version)
+        users = self.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
+        return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
 
 
 def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[str, Any]:
@@ -69,76 +129,68 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
         StateError: there are no events.
     """
     started = time.monotonic()
-    trained = train(tables, settings)
+    events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
+    trained = train(
+        tables.read(schema.EVENTS, events_version),
+        tables.read(schema.INPUTS, inputs_version),
+        tables.read(schema.USER_ATTRIBUTES),
+        settings,
+    )
     try:
         version = models.next_version(tables)
-        model = _model(trained, version, schema.CANDIDATE if models.has_live(tables) else schema.LIVE)
-        n_users = _write(tables, trained, model)
+        status = schema.CANDIDATE if models.has_live(tables) else schema.LIVE
+        model = trained.model(version, status, events_version, inputs_version)
+        tables.append(schema.FEATURES, trained.feature_rows(version))
+        tables.append(schema.USERS, trained.user_rows(version))
     finally:
-        trained.partitions.unpersist()
-    fit, catalogue = trained.fit, trained.catalogue
-    result = {
-        "rows": catalogue.n_events,
-        "users": n_users,
-        "inputs": len(catalogue.ids),
-        "k": trained.k,
-        "noise": fit.noise,
-        "iterations": fit.iterations,
-        "refused_oracle_steps": getattr(fit.inputs, "refused", 0),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    models.publish(tables, model, fit.objective, catalogue.n_events, result, settings.model_dump_json())
+        trained.engine.close()
+    n_users = tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == version).count()
+    result = {**trained.report, "users": n_users, "seconds": round(time.monotonic() - started, 3)}
+    objective = trained.fit.objective
+    models.publish(tables, model, settings.model.form, objective, trained.catalogue.n_events, result, settings)
     if promote:
         models.promote(tables, version)
-    status = schema.LIVE if promote else model.status
-    return {"model_version": version, "status": status, **result, "objective": list(fit.objective)}
+    status = schema.LIVE if promote else status
+    return {"model_version": version, "status": status, **result, "objective": list(objective)}
 
 
-def train(tables: Tables, settings: Settings) -> Trained:
+def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Settings) -> Trained:
     """Fit users, inputs and priors over all events; nothing is written.
+
+    Args:
+        events: user_id, input_id, label, weight.
+        inputs: input_id and the attributes of inputs; an input may be missing.
+        users: user_id and the attributes of users; likewise.
 
     Raises:
         StateError: there are no events, or all labels are equal.
+        ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
-    events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
-    events = tables.read(schema.EVENTS, events_version)
-    input_rows = tables.read(schema.INPUTS, inputs_version)
-    attributes = input_rows.toPandas()
+    loss = LOSSES[settings.model.loss]
+    attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID])
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     identity = settings.oracle.kind == "identity"
-    input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), input_rows.drop(INPUT_ID).schema)
+    input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
     input_activity = catalogue.activity() if settings.encode.activity and not identity else None
     described = describe_inputs(catalogue, attributes, input_encoder, input_activity)
 
-    user_attributes = tables.read(schema.USER_ATTRIBUTES)
-    sample = user_attributes.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
+    sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
     user_encoder = Encoder.fit(sample, settings.encode)
-    encoded = encode_users(user_attributes, user_encoder) if user_encoder.width > 1 else None
-    n_partitions = settings.train.partitions or tables.spark.sparkContext.defaultParallelism
-    partitions = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
+    encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
+    n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
+    rows = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
 
-    totals = user_totals(partitions)
+    totals = user_totals(rows)
     user_activity = totals.activity() if input_activity else None
-    k = _dimensions(settings, totals.n_users, len(catalogue.ids))
-    mean, squares, seed = catalogue.mean_label, catalogue.squared_labels, settings.train.seed
-    make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), k) else SparkEngine
-    engine = make(partitions, described, mean, squares, k, seed, user_activity)
-    fit = _fit(engine, settings, totals.gram_with(user_activity), catalogue, k)
-    return Trained(
-        partitions,
-        engine,
-        fit,
-        catalogue,
-        user_encoder,
-        input_encoder,
-        input_activity,
-        user_activity,
-        k,
-        events_version,
-        inputs_version,
-    )
+    form = _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder)
+    mu, seed = loss.link(catalogue.mean_label), settings.train.seed
+    specification = Specification(described, form, loss, mu, catalogue.squared_labels, seed, user_activity)
+    make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
+    engine = make(rows, specification)
+    fit = _fit(engine, settings, specification, totals.gram_with(user_activity), catalogue)
+    return Trained(engine, fit, form, loss, catalogue, user_encoder, input_encoder, input_activity, user_activity)
 
 
 def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> Encoder | PipelineEncoder:
@@ -149,60 +201,35 @@ def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.Struct
     return Encoder.fit(used, settings.encode)
 
 
-def _dimensions(settings: Settings, n_users: int, n_inputs: int) -> int:
-    """k as forced, or as many as the data can tell apart up to a maximum; what is too many the priors shrink."""
-    if settings.model.k != "auto":
-        return settings.model.k
-    return max(1, min(MAX_K, n_users - 1, n_inputs - 1))
+def _form(settings: Settings, n_users: int, n_inputs: int, inputs: Encoder | PipelineEncoder, users: Encoder) -> Form:
+    """The form as configured; k as forced, or as many as the data can tell apart up to a maximum.
 
-
-def _model(trained: Trained, version: int, status: str) -> Model:
-    catalogue, fit = trained.catalogue, trained.fit
-    artefact = Artefact(trained.user_encoder, trained.input_encoder, trained.input_activity, fit.users, fit.inputs)
-    return Model(
-        version=version,
-        status=status,
-        k=trained.k,
-        mean_label=catalogue.mean_label,
-        noise=fit.noise,
-        label_min=catalogue.label_min,
-        label_max=catalogue.label_max,
-        events_version=trained.events_version,
-        inputs_version=trained.inputs_version,
-        artefact=artefact,
-    )
-
-
-def _write(tables: Tables, trained: Trained, model: Model) -> int:
-    """Append the version's features and, in one last pass over the events, its users; the number of users."""
-    ids, fit = tables.spark.sparkContext.broadcast(trained.catalogue.ids), trained.fit
-
-    def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
-        features = Features.of(inputs.mean, inputs.covariance, model.mean_label)
-        residual = inputs.mean - fit.inputs.mean(attributes)
-        return feature_rows(model.version, ids.value.slice(first, len(attributes)), features, residual)
-
-    tables.append(schema.FEATURES, trained.engine.feature_rows(of_inputs, _ddl(schema.FEATURES)))
-    arguments = (fit.users, fit.noise, trained.user_activity, model.version)
-    users = trained.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
-    tables.append(schema.USERS, users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp")))
-    return tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == model.version).count()
+    What is too many the priors shrink.
+    """
+    model = settings.model
+    multilevel = model.form == "multilevel"
+    of_inputs = inputs.linear("model.per_user", model.per_user or (["*"] if multilevel else []))
+    if multilevel and not of_inputs:
+        raise ConfigError("model.form multilevel needs attributes of inputs: ingest them with jobs/ingest.py --inputs")
+    k = 0 if multilevel else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
+    return Form(k if model.k == "auto" else model.k, of_inputs, users.linear("model.per_input", model.per_input))
 
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
     """Sums and weights of the block's users under the final features."""
-    prior, noise, activity, version = arguments
+    prior, noise, loss, activity, version = arguments
     assert block.users is not None
-    for part, weights, labels in block.parts():
-        attributes = block.described(part, activity)
-        a, b = alternation.user_sums(weights, labels, features)
+    for part in block.parts():
+        mean = prior.mean(block.described(part, activity))
+        posteriors = partial(prior.conditional, mean=mean, noise=noise)
+        a, b, users = settle(block.weight_matrix[part], block.label_matrix[part], features, posteriors, loss)
         columns = {
             schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
             schema.USER_ID: block.users[part],
             schema.A: lists(a),
             schema.B: lists(b),
-            schema.W: lists(prior.posteriors(a, b, attributes, noise).mean),
-            schema.PRIOR_MEAN: lists(prior.mean(attributes)),
+            schema.W: lists(users.mean),
+            schema.PRIOR_MEAN: lists(mean),
             schema.N_EVENTS: pa.array(block.n_events[part]),
         }
         yield pa.table(columns)
@@ -212,24 +239,32 @@ def _ddl(table: str, without: str = "") -> str:
     return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
 
 
-def _distributes(settings: TrainSettings, n_inputs: int, k: int) -> bool:
+def _distributes(settings: TrainSettings, n_inputs: int, d: int) -> bool:
     """Whether the inputs' sums stay in Spark: as forced, or when they would pass the driver's limit."""
-    megabytes = n_inputs * gaussian.packed_length(k + 2) * 8 / 1e6
+    megabytes = n_inputs * gaussian.packed_length(d + 1) * 8 / 1e6
     if settings.reduction == "auto":
         return megabytes > settings.driver_limit_mb
     return settings.reduction == "distributed"
 
 
 def _fit(
-    engine: SparkEngine | DistributedEngine, settings: Settings, user_gram: np.ndarray, catalogue: Catalogue, k: int
+    engine: SparkEngine | DistributedEngine,
+    settings: Settings,
+    specification: Specification,
+    user_gram: np.ndarray,
+    catalogue: Catalogue,
 ) -> Fit:
-    users = Prior.start(user_gram, k + 1, START_VARIANCE)
+    form = specification.form
+    d_users, d_inputs = len(form.users.learnt), len(form.inputs.learnt)
     oracle = make_oracle(settings.oracle)
-    inputs: InputPrior
+    users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
+    inputs: VectorPrior
     if oracle:
-        inputs = OracleBasis.start(oracle, k + 1, START_VARIANCE, settings.oracle.residual)
+        repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
+        residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
+        inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual)
     else:
-        inputs = Prior.start(engine.gram(), k + 1, START_VARIANCE)
+        inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
     forced = settings.train.iterations
     schedule = (
         Schedule(settings.train.max_iterations, settings.train.tolerance) if forced == "auto" else Schedule(forced)
@@ -241,4 +276,13 @@ def _fit(
             bar.set_postfix_str(f"objective {objective:.1f}")
             log.info("retrain: iteration %d, objective %.3f", iteration, objective)
 
-        return alternate(engine, users, inputs, catalogue.n_events, catalogue.label_variance, schedule, report)
+        return alternate(
+            engine,
+            partly_given(users, form.users),
+            partly_given(inputs, form.inputs),
+            specification.loss,
+            catalogue.n_events,
+            catalogue.label_variance,
+            schedule,
+            report,
+        )

@@ -35,6 +35,8 @@ MODEL_VERSION = "model_version"
 STATUS = "status"
 FORM = "form"
 LOSS = "loss"
+INPUT_COLUMNS = "input_columns"  # encoded attributes that are basis functions, see mtl.forms
+USER_COLUMNS = "user_columns"
 K = "k"
 MEAN_LABEL = "mean_label"
 NOISE = "noise"
@@ -60,6 +62,7 @@ OFFSET = "offset"  # E[o(x)]
 PHI = "phi"  # E[φ(x)], length k+1, first entry 1
 SECOND_MOMENT = "second_moment"  # E[φφᵀ], packed
 OFFSET_PHI = "offset_phi"  # E[oφ], length k+1
+OFFSET_VARIANCE = "offset_variance"  # Var[o]
 RESIDUAL = "residual"  # what training added to the oracle's (o, f_1…f_k), length k+1
 INPUT_CLASS = "input_class"  # equivalence class of the input
 
@@ -121,6 +124,8 @@ SCHEMAS: dict[str, T.StructType] = {
         (FORM, T.StringType()),
         (LOSS, T.StringType()),
         (K, T.IntegerType()),
+        (INPUT_COLUMNS, T.ArrayType(T.IntegerType())),
+        (USER_COLUMNS, T.ArrayType(T.IntegerType())),
         (MEAN_LABEL, T.DoubleType()),
         (NOISE, T.DoubleType()),
         (LABEL_MIN, T.DoubleType()),
@@ -143,6 +148,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (PHI, _VECTOR),
         (SECOND_MOMENT, _VECTOR),
         (OFFSET_PHI, _VECTOR),
+        (OFFSET_VARIANCE, T.DoubleType()),
         (RESIDUAL, _VECTOR),
         (INPUT_CLASS, T.StringType()),
     ),

@@ -3,9 +3,11 @@
 One iteration is the users' half-step, the users' prior, the oracle, the inputs' half-step, the inputs' prior and the noise.
 Each minimizes the negative evidence bound
 
-    J = n/2 log 2πσ² + Σ c E[(y − h)²] / 2σ² + KL(users) + KL(inputs)
+    J = Σ c E[loss] + KL(users) + KL(inputs),      with n/2 log 2πσ² + Σ c E[(y − h)²] / 2σ² for squared loss,
 
-over what it sets, so that J, recorded after each half-step and each prior, never rises while the oracle is exact.
+over what it sets, so that J, recorded after each half-step and each prior, does not rise where the oracle is exact and the
+loss is squared or bounded. Where one of them is neither (a black box, Poisson's Newton steps), an iteration that raised J is
+taken back and repeated with half the step: the recorded trace never rises.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtl.basis import InputPrior, OracleBasis
 from mtl.engine import Engine
-from mtl.prior import Moments, Prior
+from mtl.losses import Loss
+from mtl.prior import Moments, VectorPrior
 
 log = logging.getLogger("mtl")
 
@@ -27,17 +29,20 @@ START_NOISE = (
     0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
 )
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
+_ROUNDING = 1e-9  # of the objective: a rise by less is none
+_SMALLEST_STEP = 1 / 32
 
 
 @dataclass(frozen=True)
 class Fit:
     """What training learnt, beside the inputs that the engine holds."""
 
-    users: Prior
-    inputs: InputPrior
-    noise: float  # σ², squared label units
+    users: VectorPrior
+    inputs: VectorPrior
+    noise: float  # σ², squared label units; 1 where the loss is not squared
     objective: tuple[float, ...]  # J after each half-step, nats
     iterations: int
+    damped: int = 0  # iterations that had raised J and were repeated with a smaller step
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Schedule:
 
 def alternate(
     engine: Engine,
-    users: Prior,
-    inputs: InputPrior,
+    users: VectorPrior,
+    inputs: VectorPrior,
+    loss: Loss,
     n_events: int,
     label_variance: float,
     schedule: Schedule,
@@ -66,31 +72,50 @@ def alternate(
         label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
     """
-    noise, objective = START_NOISE * label_variance, []
+    noise = START_NOISE * label_variance if loss.is_quadratic else 1.0
     floor = _NOISE_FLOOR * label_variance
+    trace: list[float] = []
 
-    def record(error: float) -> None:
-        assert input_moments is not None
-        data = n_events / 2 * np.log(2 * np.pi * noise) + error / (2 * noise)
-        objective.append(float(data + users.divergence(user_moments) + inputs.divergence(input_moments)))
+    def objective(deviance: float) -> float:
+        normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
+        divergence = users.divergence(user_moments) + inputs.divergence(input_moments)
+        return float(normalizer + deviance / (2 * noise) + divergence)
 
-    input_moments: Moments | None = None
-    iteration, previous = 0, np.inf
-    while iteration < schedule.iterations:
+    def update_inputs() -> tuple[VectorPrior, Moments, float, float]:
+        """The inputs' half-step: prior, moments, noise, deviance."""
+        refitted = engine.refit(inputs, noise)
+        moments, deviance = engine.update_inputs(refitted, noise, step)
+        return refitted.learn(moments), moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
+
+    step, damped, iteration, previous = 1.0, 0, 0, np.inf
+    user_moments, deviance = engine.update_users(users, noise)
+    users = users.learn(user_moments)
+    while True:
+        kept = engine.snapshot(), users, inputs, noise, user_moments, len(trace)
+        inputs, input_moments, noise, deviance = update_inputs()
+        if loss.is_bounded:
+            trace.append(objective(deviance))
         iteration += 1
-        user_moments, error = engine.update_users(users, noise)
-        users = users.learn(user_moments)
-        if input_moments is not None:
-            record(error)
-        if isinstance(inputs, OracleBasis):
-            inputs = engine.fit_oracle(inputs, noise)
-        input_moments, error = engine.update_inputs(inputs, noise)
-        inputs = inputs.learn(input_moments)
-        noise = max(error / n_events, floor)
-        record(error)
-        report(iteration, objective[-1])
-        if schedule.tolerance is not None and previous - objective[-1] < schedule.tolerance * abs(objective[-1]):
+        if trace:
+            report(iteration, trace[-1])
+            settled = schedule.tolerance is not None and previous - trace[-1] < schedule.tolerance * abs(trace[-1])
+            previous = trace[-1]
+            if settled:
+                break
+        if iteration == schedule.iterations:
             break
-        previous = objective[-1]
+        user_moments, deviance = engine.update_users(users, noise, step)
+        users = users.learn(user_moments)
+        reached = objective(deviance)
+        if trace and reached > trace[-1] + _ROUNDING * abs(trace[-1]):
+            snapshot, users, inputs, noise, user_moments, length = kept
+            engine.restore(snapshot)
+            del trace[length:]
+            if step <= _SMALLEST_STEP:
+                break
+            step, damped, iteration = step / 2, damped + 1, iteration - 1
+            continue
+        trace.append(reached)
+        step = min(1.0, 2 * step)
     engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
-    return Fit(users, inputs, noise, tuple(objective), iteration)
+    return Fit(users, inputs, noise, tuple(trace), iteration, damped)

@@ -21,8 +21,6 @@ SETTLING_PASSES = 30
 def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tuple[Array, Array]:
     """Mean and variance of h = o + w_u·φ(x) for every stored entry of ``pattern``, (entries,) each.
 
-    The offset's own variance is left out, as everywhere in prediction: the features do not hold it.
-
     Args:
         pattern: (users, inputs); only its structure is used.
         users: of the n rows, d-dimensional.
@@ -39,7 +37,7 @@ def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tup
         mean[part] = features.offset[place] + known
         variance[part] = gaussian.inner(second[user], features.second_moment[place], d) - known**2
         cross = features.offset_phi[place] - features.offset[place, None] * features.phi[place]
-        variance[part] += 2 * np.einsum("nd,nd->n", users.mean[user], cross)
+        variance[part] += features.offset_variance[place] + 2 * np.einsum("nd,nd->n", users.mean[user], cross)
     return mean, np.maximum(variance, 0.0)
 
 
@@ -58,7 +56,7 @@ def settle(
         posteriors: (A, b) → the users' posteriors under their prior.
         passes: of working sums and posteriors in turn; squared loss takes one.
     """
-    if loss.name == "squared":
+    if loss.is_quadratic:
         a, b = alternation.user_sums(weights, labels, features)
         return a, b, posteriors(a, b)
     d = features.phi.shape[1]

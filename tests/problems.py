@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from mtl import gaussian
-from mtl.basis import InputPrior, Oracle, OracleBasis
+from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import EventBlock, build
-from mtl.engine import LocalEngine
+from mtl.engine import LocalEngine, Specification
+from mtl.forms import Form, partly_given
 from mtl.gaussian import Array, Posterior
-from mtl.prior import Prior
+from mtl.losses import LOSSES
+from mtl.prior import Prior, VectorPrior
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 
 
@@ -57,41 +59,51 @@ class Problem:
             self.user_attributes[users],
         )
 
-    def engine(self, k: int, seed: int = 0, partitions: int = 1) -> LocalEngine:
+    def specification(self, form: int | Form, loss: str = "squared", seed: int = 0) -> Specification:
+        """Of a form, or of one with k learnt basis functions and nothing else."""
+        chosen, squares = LOSSES[loss], float(self.weight @ self.label**2)
+        return Specification(self.input_attributes, as_form(form), chosen, chosen.link(self.mean_label), squares, seed)
+
+    def engine(self, form: int | Form, seed: int = 0, partitions: int = 1, loss: str = "squared") -> LocalEngine:
         users = np.arange(len(self.user_attributes))
-        return LocalEngine(
-            [self.block(users[users % partitions == i]) for i in range(partitions)],
-            self.input_attributes,
-            self.mean_label,
-            float(self.weight @ self.label**2),
-            k,
-            seed,
-        )
+        parts = [self.block(users[users % partitions == i]) for i in range(partitions)]
+        return LocalEngine(parts, self.specification(form, loss, seed))
 
-    def user_prior(self, k: int) -> Prior:
-        return Prior.start(self.user_attributes.T @ self.user_attributes, k + 1, START_VARIANCE)
+    def user_prior(self, form: int | Form) -> VectorPrior:
+        given = as_form(form).users
+        gram = self.user_attributes.T @ self.user_attributes
+        return partly_given(Prior.start(gram, len(given.learnt), START_VARIANCE), given)
 
-    def input_prior(self, k: int, oracle: Oracle | None = None, residual: bool = True) -> InputPrior:
+    def input_prior(self, form: int | Form, oracle: Oracle | None = None, residual: bool = True) -> VectorPrior:
+        given = as_form(form).inputs
+        gram, d = self.input_attributes.T @ self.input_attributes, len(given.learnt)
+        learnt: VectorPrior = Prior.start(gram, d, START_VARIANCE)
         if oracle:
-            return OracleBasis.start(oracle, k + 1, START_VARIANCE, residual)
-        return Prior.start(self.input_attributes.T @ self.input_attributes, k + 1, START_VARIANCE)
+            learnt = OracleBasis.start(oracle, d, START_VARIANCE, residual)
+        return partly_given(learnt, given)
 
     def train(
         self,
-        k: int,
+        form: int | Form,
         schedule: Schedule,
         oracle: Oracle | None = None,
         residual: bool = True,
         engine: LocalEngine | None = None,
+        loss: str = "squared",
     ) -> Fit:
         return alternate(
-            engine or self.engine(k),
-            self.user_prior(k),
-            self.input_prior(k, oracle, residual),
+            engine or self.engine(form, loss=loss),
+            self.user_prior(form),
+            self.input_prior(form, oracle, residual),
+            LOSSES[loss],
             len(self),
             self.label_variance,
             schedule,
         )
+
+
+def as_form(form: int | Form) -> Form:
+    return Form(form) if isinstance(form, int) else form
 
 
 def planted(

@@ -192,11 +192,11 @@ def test_bad_value_is_named_with_what_would_be_right(assignment, shown):
 
 
 def test_one_bad_value_is_one_reason():
-    assert mistake("model.k=0") == "setting model.k = 0: input should be 'auto' or greater than or equal to 1"
+    assert mistake("model.k=-1") == "setting model.k = -1: input should be 'auto' or greater than or equal to 0"
 
 
 def test_two_bad_values_are_two_reasons():
-    assert mistake("model.k=0", "train.max_iterations=0").count("setting ") == 2
+    assert mistake("model.k=-1", "train.max_iterations=0").count("setting ") == 2
 
 
 @pytest.mark.parametrize("assignment", ["model.k", "model", "k=3", "=3", ".k=3", "model.=3", ""])

@@ -9,6 +9,7 @@ import pytest
 
 from mtl.config import load_settings
 from mtl.encode import Categories, Encoder, Number, Text
+from mtl.errors import ConfigError
 from mtl.prior import Prior
 
 SETTINGS = load_settings(assignments=["encode.min_category_count=2", "encode.max_categories=3"]).encode
@@ -54,10 +55,25 @@ def test_a_number_is_its_standardized_value_and_the_square_of_it() -> None:
 
 
 def test_a_missing_number_is_told_apart_where_training_had_missing_ones() -> None:
-    encoder, frame = fitted(age=[1.0, 3.0, None, np.nan], other=[1.0] * 4)
+    encoder, frame = fitted(age=[1.0, 3.0, 2.0, None, np.nan], other=[1.0] * 5)
     # Value 0, square 0 and an indicator, all of them before centring.
     raw = encoder(frame)[:, 1:4] + encoder.centre[:3]
-    np.testing.assert_allclose(raw, [[-1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]], atol=1e-12)
+    one = np.sqrt(1.5)
+    np.testing.assert_allclose(raw, [[-one, 1.5, 0], [one, 1.5, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1]], atol=1e-12)
+
+
+def test_two_values_need_no_square_and_equal_ones_say_nothing() -> None:
+    encoder, frame = fitted(flag=[0.0, 1.0, 1.0, 0.0], constant=[7.0] * 4)
+    np.testing.assert_allclose(encoder(frame), [[1, -1, 0], [1, 1, 0], [1, 1, 0], [1, -1, 0]])
+
+
+def test_linear_columns_are_the_attributes_without_squares_and_indicators() -> None:
+    encoder, _ = fitted(age=[1.0, 3.0, None, 4.0], kind=["a", "b", "a", "b"], flag=[0.0, 1.0, 1.0, 0.0])
+    age, kind, flag = (1,), (4, 5, 6), (7,)  # age has a square and an indicator
+    assert encoder.linear("model.per_user", ["*"]) == age + kind + flag
+    assert encoder.linear("model.per_user", ["flag", "age"]) == age + flag
+    with pytest.raises(ConfigError, match=r"model.per_user: there is no attribute 'size'; there are age, kind, flag"):
+        encoder.linear("model.per_user", ["size"])
 
 
 def test_numbers_far_outside_what_training_saw_do_not_explode() -> None:

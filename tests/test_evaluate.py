@@ -22,6 +22,7 @@ from mtl.encode import Encoder
 from mtl.errors import InputError
 from mtl.evaluate import EDGES, _last
 from mtl.features import Features
+from mtl.forms import Form
 from mtl.models import Artefact, Model
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
@@ -45,7 +46,9 @@ def random() -> np.random.Generator:
 def model(random: np.random.Generator) -> Model:
     prior = Prior(np.eye(1), spd(random), random.normal(size=(1, D)))
     nothing = Encoder((), np.empty(0))
-    return Model(1, schema.LIVE, D - 1, 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(nothing, nothing, None, prior, prior))
+    return Model(
+        1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(nothing, nothing, None, prior, prior)
+    )
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------

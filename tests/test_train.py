@@ -234,10 +234,10 @@ def test_inputs_without_events_have_their_prior_for_their_posterior() -> None:
     problem = problem.take(problem.input < 10)
     engine = problem.engine(2)
     fit = problem.train(2, Schedule(5), engine=engine)
-    precision, information = alternation.input_evidence(engine.sums, engine.mean_label)
+    precision, information = alternation.input_evidence(engine.sums, engine.specification.mu)
     assert not precision[10:].any()
     assert not information[10:].any()
-    inputs = fit.inputs.posteriors(precision, information, engine.attributes, fit.noise)
-    np.testing.assert_allclose(inputs.mean[10:], fit.inputs.mean(engine.attributes)[10:], atol=1e-10)
+    inputs = fit.inputs.posteriors(precision, information, engine.specification.attributes, fit.noise)
+    np.testing.assert_allclose(inputs.mean[10:], fit.inputs.mean(engine.specification.attributes)[10:], atol=1e-10)
     np.testing.assert_allclose(gaussian.unpack(inputs.covariance, 3)[10:], [fit.inputs.covariance] * 2, atol=1e-10)
     assert len(Features.of(inputs.mean, inputs.covariance, 0.0)) == 12

@@ -67,7 +67,8 @@ def measure(spark: SparkSession, folder: Path, settings, n_events: int, repeats:
         model.userFactors.write.format("noop").mode("overwrite").save()
 
     def fit_ours() -> None:
-        train(tables, settings).partitions.unpersist()
+        frames = (tables.read(name) for name in (schema.EVENTS, schema.INPUTS, schema.USER_ATTRIBUTES))
+        train(*frames, settings).engine.close()
 
     fit_als(), fit_ours()  # warm-up: class loading, code generation, Python workers
     ours, theirs, peaks = [], [], []

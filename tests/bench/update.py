@@ -26,6 +26,7 @@ from mtl import gaussian, schema
 from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.features import Features
+from mtl.forms import Form
 from mtl.models import Artefact, Model
 from mtl.prior import Prior
 from mtl.session import open_session
@@ -90,7 +91,7 @@ def random_model() -> tuple[Model, SharedInputs]:
     encoder = Encoder.fit(pd.DataFrame(index=range(1)), load_settings().encode)
     prior = Prior.start(np.eye(1), d, 0.2)
     artefact = Artefact(encoder, encoder, None, prior, prior)
-    model = Model(1, schema.LIVE, RANK, 3.5, 0.6, 0.0, 7.0, 0, 0, artefact)
+    model = Model(1, schema.LIVE, Form(RANK), "squared", 3.5, 0.6, 0.0, 7.0, 0, 0, artefact)
     ids = pa.array(np.arange(INPUTS)).cast(pa.string())
     return model, SharedInputs(ids, Features.of(mean, covariance, 3.5))
 

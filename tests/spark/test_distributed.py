@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,38 +13,38 @@ from problems import Problem, planted
 from pyspark.sql import SparkSession
 
 from mtl import blocks
-from mtl.basis import InputPrior, OracleBasis
+from mtl.basis import OracleBasis
 from mtl.distributed import DistributedEngine
 from mtl.engine import LocalEngine
 from mtl.errors import ConfigError
+from mtl.forms import Form, partly_given
 from mtl.gaussian import Array
+from mtl.losses import LOSSES
 from mtl.oracle.linear import Linear, NormalEquations, fit_ridge
-from mtl.prior import Prior
+from mtl.prior import Prior, VectorPrior
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 
 K = 2
 PROBLEM = planted(7, users=20, inputs=23, k=2, events=300)
 
-Basis = Callable[[Array], InputPrior]
+Basis = Callable[[Array], VectorPrior]
 
 
-def linear(attributes: Array) -> InputPrior:
+def linear(attributes: Array) -> VectorPrior:
     return OracleBasis.start(fit_ridge, K + 1, START_VARIANCE, residual=True)
 
 
-def without_residual(attributes: Array) -> InputPrior:
+def without_residual(attributes: Array) -> VectorPrior:
     return OracleBasis.start(fit_ridge, K + 1, START_VARIANCE, residual=False)
 
 
-def closed_form(attributes: Array) -> InputPrior:
+def closed_form(attributes: Array) -> VectorPrior:
     return Prior.start(attributes.T @ attributes, K + 1, START_VARIANCE)
 
 
-def fit(engine: LocalEngine | DistributedEngine, problem: Problem, basis: Basis) -> Fit:
-    described = problem.user_attributes
-    users = Prior.start(described.T @ described, K + 1, START_VARIANCE)
-    inputs = basis(problem.input_attributes)
-    return alternate(engine, users, inputs, len(problem), problem.label_variance, Schedule(4))
+def fit(engine: LocalEngine | DistributedEngine, problem: Problem, basis: Basis, form: Form) -> Fit:
+    users, inputs = problem.user_prior(form), partly_given(basis(problem.input_attributes), form.inputs)
+    return alternate(engine, users, inputs, LOSSES["squared"], len(problem), problem.label_variance, Schedule(4))
 
 
 def partitions(spark: SparkSession, problem: Problem, n: int) -> list:
@@ -51,21 +52,26 @@ def partitions(spark: SparkSession, problem: Problem, n: int) -> list:
     return [blocks.to_arrow(problem.block(part)) for part in parts]
 
 
-def engine(spark: SparkSession, problem: Problem, n_partitions: int, shard: int) -> DistributedEngine:
+def engine(spark: SparkSession, problem: Problem, n_partitions: int, shard: int, form: Form) -> DistributedEngine:
     rows = pa.Table.from_batches(partitions(spark, problem, n_partitions)).to_pandas()
-    frame = spark.createDataFrame(pd.DataFrame(rows), blocks.DDL).repartition(n_partitions)
-    squares = float(problem.weight @ problem.label**2)
-    return DistributedEngine(frame, problem.input_attributes, problem.mean_label, squares, K, shard_inputs=shard)
+    frame = spark.createDataFrame(pd.DataFrame(rows), blocks.DDL).repartition(n_partitions).persist()
+    return DistributedEngine(frame, problem.specification(form), shard_inputs=shard)
 
 
 @pytest.mark.parametrize(
-    ("basis", "n_partitions", "shard"), [(linear, 3, 10), (closed_form, 2, 23), (without_residual, 1, 7)]
+    ("basis", "form", "n_partitions", "shard"),
+    [
+        (linear, Form(K), 3, 10),
+        (closed_form, Form(K), 2, 23),
+        (without_residual, Form(K), 1, 7),
+        (linear, Form(K, (1,)), 2, 10),
+    ],
 )
 def test_distributed_training_equals_local_training(
-    spark: SparkSession, basis: Basis, n_partitions: int, shard: int
+    spark: SparkSession, basis: Basis, form: Form, n_partitions: int, shard: int
 ) -> None:
-    local, distributed = PROBLEM.engine(K), engine(spark, PROBLEM, n_partitions, shard)
-    one, other = fit(local, PROBLEM, basis), fit(distributed, PROBLEM, basis)
+    local, distributed = PROBLEM.engine(form), engine(spark, PROBLEM, n_partitions, shard, form)
+    one, other = fit(local, PROBLEM, basis, form), fit(distributed, PROBLEM, basis, form)
     np.testing.assert_allclose(other.objective, one.objective, rtol=1e-9)
     np.testing.assert_allclose(other.users.coefficients, one.users.coefficients, atol=1e-8)
     rows = distributed.feature_rows(
@@ -81,7 +87,12 @@ def test_distributed_training_equals_local_training(
 def test_a_black_box_is_refused_where_inputs_are_distributed(spark: SparkSession) -> None:
     basis = OracleBasis.start(lambda z, t, w: Linear(np.zeros(z.shape[1])), K + 1, START_VARIANCE, residual=True)
     with pytest.raises(ConfigError, match=r"train\.reduction"):
-        engine(spark, PROBLEM, 1, 23).fit_oracle(basis, 1.0)
+        engine(spark, PROBLEM, 1, 23, Form(K)).refit(basis, 1.0)
+
+
+def test_another_loss_is_refused_where_inputs_are_distributed(spark: SparkSession) -> None:
+    with pytest.raises(ConfigError, match=r"train\.reduction"):
+        DistributedEngine(spark.range(1).toDF("users"), replace(PROBLEM.specification(K), loss=LOSSES["logistic"]))
 
 
 def test_normal_equations_of_parts_add_up_to_those_of_the_whole() -> None:

@@ -24,6 +24,7 @@ from mtl.encode import Encoder
 from mtl.errors import InputError, StateError
 from mtl.evaluate import evaluate
 from mtl.features import Features, feature_rows
+from mtl.forms import Form
 from mtl.models import Artefact, Model, publish
 from mtl.prior import Prior
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
@@ -63,7 +64,7 @@ def model() -> Model:
     encode = SETTINGS.encode
     encoders = Encoder.fit(AGES, encode), Encoder.fit(ATTRIBUTES, encode)
     priors = [Prior(np.eye(e.width), spd(random) / 9, random.normal(size=(e.width, D)) / 5) for e in encoders]
-    return Model(1, schema.LIVE, D - 1, 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(*encoders, None, *priors))
+    return Model(1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(*encoders, None, *priors))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def known(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, model: 
     aged = AGES.assign(**{USER_ID: [*USERS, "u8"]})
     tables.append(schema.USER_ATTRIBUTES, spark.createDataFrame(pa.Table.from_pandas(aged)), evolve=True)
     tables.append(schema.EVENTS, spark.createDataFrame(pa.Table.from_pandas(events)))
-    publish(tables, model, (1.0,), len(events), {}, "{}")
+    publish(tables, model, "shared_basis", (1.0,), len(events), {}, load_settings())
     return tables
 
 

@@ -10,6 +10,7 @@ from mtl import models, schema
 from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.errors import StateError
+from mtl.forms import Form
 from mtl.models import Artefact, Model, load_model, next_version, promote, publish, rollback
 from mtl.prior import Prior
 from mtl.tables import Tables
@@ -20,12 +21,14 @@ LIVE, CANDIDATE, RETIRED = schema.LIVE, schema.CANDIDATE, schema.RETIRED
 def model(version: int, status: str) -> Model:
     prior = Prior(np.eye(1), (version + 1.0) * np.eye(2), np.array([[0.0, version]]))
     encoder = Encoder((), np.empty(0))
-    return Model(version, status, 1, 3.5, 0.25, 1.0, 5.0, 7, 8, Artefact(encoder, encoder, False, prior, prior))
+    return Model(
+        version, status, Form(1), "squared", 3.5, 0.25, 1.0, 5.0, 7, 8, Artefact(encoder, encoder, False, prior, prior)
+    )
 
 
 def published(tables: Tables, *statuses: str) -> Tables:
     for version, status in enumerate(statuses, 1):
-        publish(tables, model(version, status), (2.0, 1.0), 10, {"users": 3}, load_settings().model_dump_json())
+        publish(tables, model(version, status), "shared_basis", (2.0, 1.0), 10, {"users": 3}, load_settings())
     return tables
 
 

@@ -18,6 +18,7 @@ from mtl.config import load_settings
 from mtl.engine import SparkEngine
 from mtl.errors import StateError
 from mtl.features import Features, from_rows
+from mtl.forms import Form
 from mtl.models import Model, load_model
 from mtl.retrain import retrain
 from mtl.schema import (
@@ -116,14 +117,14 @@ def block_rows(spark: SparkSession, parts: list[EventBlock], partitions: int) ->
     return spark.createDataFrame(rows, blocks.DDL).repartition(partitions).persist()
 
 
-def assert_trains_the_same(problem: Problem, rows: DataFrame) -> None:
-    local = problem.engine(2)
-    distributed = SparkEngine(rows, local.attributes, local.mean_label, local.squared_labels, 2)
-    fits = [problem.train(2, Schedule(2), engine=engine) for engine in (local, distributed)]
-    rows.unpersist()
+def assert_trains_the_same(problem: Problem, rows: DataFrame, loss: str = "squared") -> None:
+    local = problem.engine(2, loss=loss)
+    distributed = SparkEngine(rows, local.specification)
+    fits = [problem.train(2, Schedule(3), engine=engine, loss=loss) for engine in (local, distributed)]
+    distributed.close()
     np.testing.assert_allclose(fits[1].objective, fits[0].objective, rtol=1e-9)
-    np.testing.assert_allclose(distributed.inputs.mean, local.inputs.mean, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(fits[1].users.covariance, fits[0].users.covariance, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(distributed.inputs.mean, local.inputs.mean, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(fits[1].users.covariance, fits[0].users.covariance, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 3])
@@ -131,6 +132,13 @@ def test_users_in_spark_train_the_same_model_as_users_in_this_process(spark: Spa
     users = np.arange(len(PROBLEM.user_attributes))
     parts = [PROBLEM.block(users[users % partitions == i]) for i in range(partitions)]
     assert_trains_the_same(PROBLEM, block_rows(spark, parts, partitions))
+
+
+@pytest.mark.parametrize("loss", ["logistic", "poisson"])
+def test_working_values_in_spark_are_those_of_this_process(spark: SparkSession, loss: str) -> None:
+    counts = replace(PROBLEM, label=np.clip(np.round(PROBLEM.label - 2), 0, 1 if loss == "logistic" else None))
+    users = np.arange(len(PROBLEM.user_attributes))
+    assert_trains_the_same(counts, block_rows(spark, [counts.block(users[users % 2 == i]) for i in range(2)], 2), loss)
 
 
 def test_partitions_without_users_and_blocks_without_events_change_nothing(spark: SparkSession) -> None:
@@ -149,7 +157,7 @@ def test_the_first_version_is_live_and_reports_what_it_did(trained: Trained) -> 
     assert len(report["objective"]) == 5
     model = trained.model
     assert model.status == schema.LIVE
-    assert (model.k, model.noise) == (2, report["noise"])
+    assert (model.form, model.loss, model.noise) == (Form(2), "squared", report["noise"])
     assert (model.label_min, model.label_max) == (PROBLEM.label.min(), PROBLEM.label.max())
     assert model.mean_label == pytest.approx(PROBLEM.mean_label)
     assert model.events_version == trained.tables.version(EVENTS)

@@ -64,7 +64,7 @@ def engine(spark: SparkSession, problem: Problem, n_partitions: int, shard: int,
         (linear, Form(K), 3, 10),
         (closed_form, Form(K), 2, 23),
         (without_residual, Form(K), 1, 7),
-        (linear, Form(K, (1,)), 2, 10),
+        (linear, Form(K, (1,)), 3, 10),
     ],
 )
 def test_distributed_training_equals_local_training(

@@ -7,8 +7,9 @@ and the inputs that *it saw* from 0, so that what it exchanges per pass is as la
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,9 @@ from mtl.gaussian import Array
 # Users whose statistics are held at once: every run of them costs one dense sum over all inputs seen.
 USERS_AT_ONCE = 65_536
 
+# Roles of events in training; their users' own weights see all of them.
+TRAINED, HELD_OUT, CAPPED = 0, 1, 2
+
 ARROW_SCHEMA = pa.schema(
     [
         ("users", pa.binary()),
@@ -34,8 +38,14 @@ ARROW_SCHEMA = pa.schema(
         ("labels", pa.binary()),
         ("precision", pa.binary()),
         ("information", pa.binary()),
+        ("extra_starts", pa.binary()),
+        ("extra_places", pa.binary()),
+        ("extra_weights", pa.binary()),
+        ("extra_labels", pa.binary()),
+        ("extra_roles", pa.binary()),
     ]
 )
+_EXTRA = "extra_"
 DDL = ", ".join(f"{name} binary" for name in ARROW_SCHEMA.names)
 
 
@@ -63,6 +73,27 @@ class UserTotals:
 
 
 @dataclass(frozen=True)
+class ExtraEvents:
+    """Events of a block's users that θ is not trained on: one entry an event, with its role."""
+
+    starts: NDArray[Any]
+    places: NDArray[Any]
+    weights: NDArray[Any]
+    labels: NDArray[Any]
+    roles: NDArray[Any]
+
+    def matrix(self, values: NDArray, shape: tuple[int, int]) -> sp.csr_matrix:
+        """(users, inputs seen) with ``values`` for the entries."""
+        return sp.csr_matrix((values, self.places, self.starts), shape)
+
+    def of_rows(self, row: NDArray[np.integer], chosen: NDArray[np.bool_], n_users: int) -> ExtraEvents:
+        """The entries that are ``chosen``; row (entries,) is each one's user."""
+        counts = np.bincount(row[chosen], minlength=n_users)
+        arrays = (self.places, self.weights, self.labels, self.roles)
+        return ExtraEvents(np.append(0, np.cumsum(counts)).astype(np.int32), *(values[chosen] for values in arrays))
+
+
+@dataclass(frozen=True)
 class EventBlock:
     """Some users' events: a CSR pattern (users, inputs seen) with weights c and weighted labels c·y.
 
@@ -80,6 +111,7 @@ class EventBlock:
     users: pa.Array | None = None  # ids, (users,); None where a pass does not need them
     precision: Array | None = None  # c·ω of each entry
     information: Array | None = None  # c·ω·z
+    extra: ExtraEvents | None = None  # that θ is not trained on
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -95,6 +127,27 @@ class EventBlock:
     @cached_property
     def label_matrix(self) -> sp.csr_matrix:
         return self.matrix(self.labels)
+
+    def with_extra(self, *roles: int) -> EventBlock:
+        """The block with the events of some roles among those it is trained on."""
+        if self.extra is None or not np.isin(self.extra.roles, roles).any():
+            return self
+        extra = self.extra.matrix(np.arange(len(self.extra.roles)), self.weight_matrix.shape).tocoo()
+        added = np.isin(self.extra.roles, roles)
+        parts = []
+        for matrix, values in ((self.weight_matrix, self.extra.weights), (self.label_matrix, self.extra.labels)):
+            own = matrix.tocoo()
+            row, column = np.append(own.row, extra.row[added]), np.append(own.col, extra.col[added])
+            parts.append(sp.coo_matrix((np.append(own.data, values[added]), (row, column)), matrix.shape).tocsr())
+        weights, labels = parts
+        return replace(
+            self,
+            starts=weights.indptr.astype(np.int32),
+            places=weights.indices.astype(np.int32),
+            weights=weights.data,
+            labels=labels.data,
+            extra=self.extra.of_rows(extra.row, ~added, len(self)),
+        )
 
     def described(self, users: slice, activity: Activity | None) -> Array:
         """Attributes of some users, (n, p), their activity last where it counts."""
@@ -123,6 +176,7 @@ def build(
     weight: Array,
     attribute_users: pa.Array | pa.ChunkedArray,
     attributes: Array,
+    role: NDArray[np.integer] | None = None,
 ) -> EventBlock:
     """The block of n events and m users with known attributes.
 
@@ -132,13 +186,21 @@ def build(
         label, weight: y and c of each event, (n,).
         attribute_users: ids of users with attributes, (m,), each once.
         attributes: (m, p); a user without a row gets [1, 0, …, 0], the average.
+        role: of each event (n,): TRAINED, HELD_OUT or CAPPED; all are trained on where it is None.
     """
     codes = pa.concat_arrays([*_chunks(user), *_chunks(attribute_users)]).dictionary_encode()
     numbers = codes.indices.to_numpy(zero_copy_only=False)
     n_users = len(codes.dictionary)
     row, described = numbers[: len(label)], numbers[len(label) :]
     inputs, place = np.unique(input_index, return_inverse=True)
-    pattern, labelled = csr(row, place, label, weight, n_users, len(inputs))
+    trained = np.ones(len(label), bool) if role is None else role == TRAINED
+    pattern, labelled = csr(row[trained], place[trained], label[trained], weight[trained], n_users, len(inputs))
+    extra = None
+    if role is not None and not trained.all():
+        order = np.argsort(row, kind="stable")
+        entries: tuple[NDArray[Any], ...] = (place.astype(np.int32), weight, weight * label, role.astype(np.uint8))
+        unfinished = ExtraEvents(np.empty(0, np.int32), *(values[order] for values in entries))
+        extra = unfinished.of_rows(row[order], ~trained[order], n_users)
     known = np.zeros((n_users, attributes.shape[1]))
     known[:, 0] = 1.0
     known[described] = attributes
@@ -151,6 +213,7 @@ def build(
         weights=pattern.data,
         labels=labelled.data,
         users=codes.dictionary,
+        extra=extra,
     )
 
 
@@ -177,7 +240,8 @@ def to_arrow(block: EventBlock) -> pa.RecordBatch:
 
 def buffer(block: EventBlock, name: str) -> bytes | None:
     """The array ``name`` of a block as bytes."""
-    values = getattr(block, name)
+    owner, _, own = name.rpartition("_") if name.startswith(_EXTRA) else ("", "", name)
+    values = getattr(block.extra if owner else block, own, None)
     return None if values is None else np.ascontiguousarray(values).tobytes()
 
 
@@ -202,9 +266,23 @@ def from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[EventBlock]:
                 **{
                     name: np.frombuffer(buffers[name])
                     for name in ("precision", "information")
-                    if buffers.get(name) is not None
+                    if buffers[name] is not None
                 },
+                extra=_extra(buffers),
             )
+
+
+def _extra(buffers: dict[str, Any]) -> ExtraEvents | None:
+    if buffers["extra_roles"] is None:
+        return None
+    kinds: dict[str, Any] = {
+        "starts": np.int32,
+        "places": np.int32,
+        "weights": np.float64,
+        "labels": np.float64,
+        "roles": np.uint8,
+    }
+    return ExtraEvents(*(np.frombuffer(buffers[f"{_EXTRA}{name}"], kind) for name, kind in kinds.items()))
 
 
 def index_of(ids: pa.Array | pa.ChunkedArray, catalogue: pa.Array) -> NDArray[np.int64]:

@@ -15,7 +15,16 @@ from mtl import blocks
 from mtl.encode import Activity
 from mtl.errors import StateError
 from mtl.gaussian import Array
+from mtl.sampling import ROLE
 from mtl.schema import INPUT_ID, LABEL, WEIGHT
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Over some events."""
+
+    n: int
+    squared_labels: float  # Σ c y²
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Catalogue:
     n_events: int
     mean_label: float  # weighted, like all that follows
     label_variance: float  # Σ c (y − μ)² / n_events
-    squared_labels: float  # Σ c y²
+    trained: Totals  # of the events that θ is trained on
+    kept: Totals  # of these and the events held out
     label_min: float
     label_max: float
 
@@ -43,11 +53,15 @@ def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
         StateError: there are no events, or all labels are equal.
     """
     c, y = F.col(WEIGHT), F.col(LABEL)
+    role = F.col(ROLE) if ROLE in events.columns else F.lit(blocks.TRAINED)
+    parts = {"trained": role == blocks.TRAINED, "kept": role != blocks.CAPPED}
     sums = {
         "n": F.count(y),
         "c": F.sum(c),
         "cy": F.sum(c * y),
         "cyy": F.sum(c * y * y),
+        **{f"n_{part}": F.count_if(inside) for part, inside in parts.items()},
+        **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
         "min": F.min(y),
         "max": F.max(y),
     }
@@ -62,15 +76,16 @@ def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
     counts[blocks.index_of(pa.array(totals[INPUT_ID], pa.string()), ids)] = totals["n"]
     weight, mean, square = (float(totals[name].sum()) for name in ("c", "cy", "cyy"))
     mean /= weight
+    of = {part: Totals(int(totals[f"n_{part}"].sum()), float(totals[f"cyy_{part}"].sum())) for part in parts}
     return Catalogue(
         ids,
         counts,
-        int(counts.sum()),
-        mean,
-        square / counts.sum() - mean * mean * weight / counts.sum(),
-        square,
-        lowest,
-        highest,
+        n_events=int(counts.sum()),
+        mean_label=mean,
+        label_variance=square / counts.sum() - mean * mean * weight / counts.sum(),
+        **of,
+        label_min=lowest,
+        label_max=highest,
     )
 
 

@@ -61,6 +61,9 @@ class TrainSettings(_Section):
     iterations: AutoOrCount
     max_iterations: int = Field(ge=1)
     tolerance: float = Field(gt=0)
+    holdout: float = Field(ge=0, lt=1)
+    patience: int = Field(ge=1)
+    max_events_per_user: int = Field(ge=0)
     partitions: int = Field(ge=0)
     reduction: Literal["auto", "driver", "distributed"]
     driver_limit_mb: int = Field(ge=1)

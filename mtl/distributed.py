@@ -90,6 +90,11 @@ class DistributedEngine:
         basis = replace(basis, functions=sum(equations[1:], equations[0]).solve(basis.functions))
         return replace(prior, learnt=basis) if isinstance(prior, PartlyGiven) else basis
 
+    held_out = 0.0
+
+    def train_on_all(self, squared_labels: float) -> None:
+        raise ConfigError('train.holdout works with train.reduction = "driver" only')
+
     def snapshot(self) -> Any:
         return self.state
 

@@ -51,7 +51,7 @@ class Specification:
     form: Form
     loss: Loss
     mu: float  # μ, the link of the mean label
-    squared_labels: float  # Σ c y² over all events
+    squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     activity: Activity | None = None  # of the users, where it is one of their attributes
 
@@ -82,6 +82,9 @@ class Engine(Protocol):
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         """The inputs' prior with its oracle fitted to what the users' posteriors say."""
 
+    held_out: float
+    """Summed surprise of the events held out, after the last users' half-step."""
+
     def snapshot(self) -> Any:
         """All that the steps change, for :meth:`restore`."""
 
@@ -96,6 +99,7 @@ class BlockSums:
     sums: InputSums
     moments: Moments
     constant: float  # what the deviance has beside what the sums give
+    held_out: float  # summed surprise of the events held out
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class UserStep:
         """The users' posteriors and what they say to the inputs; the block with new working values, where it has any."""
         features = self.features.take(block.inputs)
         sums = InputSums.zeros(len(block.inputs), features.phi.shape[1])
-        moments, constant = [], 0.0
+        moments, constant, held_out = [], 0.0, 0.0
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
         for users in block.parts():
@@ -131,12 +135,23 @@ class UserStep:
                 surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
                 constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
                 weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
+            if block.extra is not None:
+                held_out += self._surprise(block, users, posteriors, features)
             said = alternation.input_sums(weights, labels, posteriors)
             sums.second[:] += said.second
             sums.first[:] += said.first
         if not self.loss.is_quadratic:
             block = replace(block, precision=precision, information=information)
-        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant)
+        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out)
+
+    def _surprise(self, block: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
+        """Of the events held out, under what the users know of the others."""
+        extra = block.extra
+        assert extra is not None
+        pattern = extra.matrix(extra.weights, (len(block), len(block.inputs)))[users]
+        entries = slice(int(extra.starts[users.start]), int(extra.starts[users.stop]))
+        events = *beliefs(pattern, posteriors, features), extra.weights[entries], extra.labels[entries]
+        return float(self.loss.surprise(*events) @ (extra.roles[entries] == blocks.HELD_OUT))
 
     def _started(self, block: EventBlock) -> EventBlock:
         """With working values to begin from."""
@@ -167,7 +182,7 @@ class LocalEngine:
         self.specification = specification
         self.inputs = specification.start(0, len(specification.attributes))
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
-        self.constant = 0.0
+        self.constant = self.held_out = 0.0
         self.applied = self._evidence()  # what the inputs' posteriors were computed from
 
     @property
@@ -178,11 +193,14 @@ class LocalEngine:
         of = self.specification
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
         self.constant = of.squared_labels if of.loss.is_quadratic else 0.0
+        self.held_out = 0.0
         moments = []
-        for said in self.each_block(UserStep(self.features, prior, noise, of.loss, of.mu, of.activity, step)):
+        work = UserStep(self.features, prior, noise, of.loss, of.mu, of.activity, step)
+        for said in self.each_block(work):
             self.sums.second[said.seen] += said.sums.second
             self.sums.first[said.seen] += said.sums.first
             self.constant += said.constant
+            self.held_out += said.held_out
             moments.append(said.moments)
         return sum(moments[1:], moments[0]), self._deviance()
 
@@ -200,6 +218,12 @@ class LocalEngine:
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         return prior.refit(*self._evidence(), self.specification.attributes, noise)
+
+    def train_on_all(self, squared_labels: float) -> None:
+        """Begin again with the events held out among those that are trained on, all of whose Σ c y² is given."""
+        self.specification = replace(self.specification, squared_labels=squared_labels)
+        self.inputs = self.specification.start(0, len(self.specification.attributes))
+        self.partitions = [block.with_extra(blocks.HELD_OUT) for block in self.partitions]
 
     def gram(self) -> Array:
         """Σ z zᵀ over all inputs, (p, p)."""
@@ -239,6 +263,18 @@ class SparkEngine(LocalEngine):
         self.rows = rows
         self.state = rows.drop("users")
         self.persisted: list[DataFrame] = []  # states of passes, the last one in use
+
+    def train_on_all(self, squared_labels: float) -> None:
+        super().train_on_all(squared_labels)
+        self._unpersist(self.persisted)
+
+        def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for block in blocks.from_arrow(batches):
+                yield blocks.to_arrow(block.with_extra(blocks.HELD_OUT)).drop_columns(["users"])
+
+        whole = self.rows.mapInArrow(partition, ", ".join(f"{name} binary" for name in _STATE.names))
+        self.state = whole.persist(StorageLevel.MEMORY_AND_DISK)
+        self.persisted = [self.state]
 
     def snapshot(self) -> Any:
         self._unpersist(self.persisted[:-1])
@@ -301,7 +337,7 @@ def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]]
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for block in blocks.from_arrow(batches):
             block, said = step.value(block)
-            rest = cloudpickle.dumps((said.moments, said.constant))
+            rest = cloudpickle.dumps((said.moments, said.constant, said.held_out))
             buffers = [said.seen.tobytes(), said.sums.second.tobytes(), said.sums.first.tobytes(), rest]
             names = [*_SUMS.names]
             if keep:

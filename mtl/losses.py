@@ -39,6 +39,9 @@ class Loss(Protocol):
     def expected(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         """Expected loss, or its bound, of each event (nats up to a constant of the labels), (n,)."""
 
+    def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
+        """What the prediction of each event costs when its label is seen, up to a constant of the labels, (n,)."""
+
     def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
         """(mean, variance) of h to begin from, before anything is learnt."""
 
@@ -60,6 +63,9 @@ class Squared:
     def expected(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         """½ E[(y − h)²] without ½ y²; times 1/σ² in the objective."""
         return weight * (mean**2 + variance) / 2 - label * mean
+
+    def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
+        return weight * mean**2 / 2 - label * mean
 
     def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
         return np.full(len(weight), mean_label), np.zeros(len(weight))
@@ -88,6 +94,10 @@ class Logistic:
         xi = np.sqrt(mean**2 + variance)
         return weight * np.logaddexp(xi / 2, -xi / 2) - (label - weight / 2) * mean
 
+    def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
+        h = mean / np.sqrt(1 + np.pi / 8 * variance)
+        return weight * np.logaddexp(0, h) - label * h
+
     def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
         return np.full(len(weight), self.link(mean_label)), np.ones(len(weight))
 
@@ -111,6 +121,9 @@ class Poisson:
 
     def expected(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         return weight * self.response(mean, variance) - label * mean
+
+    def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
+        return weight * self.response(mean, variance) - label * (mean + variance / 2)
 
     def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
         """Half-way from the label to the mean, as generalized linear models are started (McCullagh & Nelder 1989)."""

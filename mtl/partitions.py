@@ -18,6 +18,7 @@ from mtl.arrow import lists, matrix
 from mtl.blocks import UserTotals
 from mtl.encode import Encoder
 from mtl.gaussian import Array
+from mtl.sampling import ROLE
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 
 _ATTRIBUTES = "attributes"
@@ -30,14 +31,15 @@ def partition_events(
     """Rows of :data:`mtl.blocks.ARROW_SCHEMA`, one a hash partition of users, persisted.
 
     Args:
-        events: user_id, input_id, label, weight.
+        events: user_id, input_id, label, weight; and roles, of :func:`mtl.sampling.with_roles`, where there are any.
         described: of :func:`encode_users`, or None where no user has attributes.
         width: p of the users' encoded attributes, constant included.
         catalogue: ids of all inputs; an event of another one is an error of the caller.
         partitions: number of hash partitions.
     """
     context = events.sparkSession.sparkContext
-    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT)
+    role = [ROLE] if ROLE in events.columns else []
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *role)
     if described is not None:
         rows = rows.withColumn(_ATTRIBUTES, F.lit(None).cast(_ATTRIBUTES_TYPE)).unionByName(
             described, allowMissingColumns=True
@@ -91,6 +93,7 @@ def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordB
             events[WEIGHT].to_numpy(),
             described[USER_ID],
             attributes,
+            events[ROLE].to_numpy() if ROLE in events.column_names else None,
         )
         yield blocks.to_arrow(block)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mtl import gaussian, models, schema
 from mtl.arrow import lists
 from mtl.basis import OracleBasis
-from mtl.blocks import EventBlock
+from mtl.blocks import CAPPED, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
@@ -37,6 +37,7 @@ from mtl.oracle.imports import load_object
 from mtl.partitions import encode_users, partition_events, user_totals
 from mtl.pipeline import PipelineEncoder
 from mtl.prior import Prior, VectorPrior
+from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
@@ -167,6 +168,7 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
         ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
     loss = LOSSES[settings.model.loss]
+    events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID])
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
@@ -186,7 +188,7 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     user_activity = totals.activity() if input_activity else None
     form = _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder)
     mu, seed = loss.link(catalogue.mean_label), settings.train.seed
-    specification = Specification(described, form, loss, mu, catalogue.squared_labels, seed, user_activity)
+    specification = Specification(described, form, loss, mu, catalogue.trained.squared_labels, seed, user_activity)
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
     fit = _fit(engine, settings, specification, totals.gram_with(user_activity), catalogue)
@@ -218,6 +220,7 @@ def _form(settings: Settings, n_users: int, n_inputs: int, inputs: Encoder | Pip
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
     """Sums and weights of the block's users under the final features."""
     prior, noise, loss, activity, version = arguments
+    block = block.with_extra(HELD_OUT, CAPPED)
     assert block.users is not None
     for part in block.parts():
         mean = prior.mean(block.described(part, activity))
@@ -265,10 +268,32 @@ def _fit(
         inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual)
     else:
         inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
-    forced = settings.train.iterations
-    schedule = (
-        Schedule(settings.train.max_iterations, settings.train.tolerance) if forced == "auto" else Schedule(forced)
-    )
+    priors = partly_given(users, form.users), partly_given(inputs, form.inputs)
+    limit, tolerance = settings.train.max_iterations, settings.train.tolerance
+    if settings.train.iterations != "auto":
+        schedule = Schedule(settings.train.iterations)
+    elif not settings.train.holdout:
+        schedule = Schedule(limit, tolerance)
+    else:
+        tried = _alternate(
+            engine, *priors, specification.loss, catalogue, Schedule(limit, patience=settings.train.patience)
+        )
+        schedule = Schedule(tried.best)
+    if settings.train.holdout:
+        engine.train_on_all(catalogue.kept.squared_labels)
+        catalogue = replace(catalogue, trained=catalogue.kept)
+    return _alternate(engine, *priors, specification.loss, catalogue, schedule)
+
+
+def _alternate(
+    engine: SparkEngine | DistributedEngine,
+    users: VectorPrior,
+    inputs: VectorPrior,
+    loss: Loss,
+    catalogue: Catalogue,
+    schedule: Schedule,
+) -> Fit:
+    """:func:`mtl.train.alternate` with its progress shown."""
     with tqdm(total=schedule.iterations, desc="retrain", unit="pass", disable=None) as bar:
 
         def report(iteration: int, objective: float) -> None:
@@ -276,13 +301,5 @@ def _fit(
             bar.set_postfix_str(f"objective {objective:.1f}")
             log.info("retrain: iteration %d, objective %.3f", iteration, objective)
 
-        return alternate(
-            engine,
-            partly_given(users, form.users),
-            partly_given(inputs, form.inputs),
-            specification.loss,
-            catalogue.n_events,
-            catalogue.label_variance,
-            schedule,
-            report,
-        )
+        n, variance = catalogue.trained.n, catalogue.label_variance
+        return alternate(engine, users, inputs, loss, n, variance, schedule, report)

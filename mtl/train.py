@@ -43,14 +43,31 @@ class Fit:
     objective: tuple[float, ...]  # J after each half-step, nats
     iterations: int
     damped: int = 0  # iterations that had raised J and were repeated with a smaller step
+    held_out: tuple[float, ...] = ()  # summed surprise of the events held out, after 0, 1, … iterations
+
+    @property
+    def best(self) -> int:
+        """The number of iterations, at least 1, after which the events held out were predicted best."""
+        return 1 + int(np.argmin(self.held_out[1:])) if len(self.held_out) > 1 else self.iterations
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to stop: after ``iterations``, or when one lowers the objective by less than ``tolerance`` of it."""
+    """When to stop.
+
+    After ``iterations``; or when one lowers the objective by less than ``tolerance`` of it; or when ``patience`` of them
+    have not improved on the events held out.
+    """
 
     iterations: int
     tolerance: float | None = None
+    patience: int | None = None
+
+    def is_settled(self, before: float, objective: float) -> bool:
+        return self.tolerance is not None and before - objective < self.tolerance * abs(objective)
+
+    def is_overfit(self, held_out: list[float]) -> bool:
+        return self.patience is not None and len(held_out) - 1 - int(np.argmin(held_out)) >= self.patience
 
 
 def alternate(
@@ -75,6 +92,7 @@ def alternate(
     noise = START_NOISE * label_variance if loss.is_quadratic else 1.0
     floor = _NOISE_FLOOR * label_variance
     trace: list[float] = []
+    held_out: list[float] = []
 
     def objective(deviance: float) -> float:
         normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
@@ -90,6 +108,7 @@ def alternate(
     step, damped, iteration, previous = 1.0, 0, 0, np.inf
     user_moments, deviance = engine.update_users(users, noise)
     users = users.learn(user_moments)
+    held_out.append(engine.held_out)
     while True:
         kept = engine.snapshot(), users, inputs, noise, user_moments, len(trace)
         inputs, input_moments, noise, deviance = update_inputs()
@@ -98,10 +117,9 @@ def alternate(
         iteration += 1
         if trace:
             report(iteration, trace[-1])
-            settled = schedule.tolerance is not None and previous - trace[-1] < schedule.tolerance * abs(trace[-1])
-            previous = trace[-1]
-            if settled:
+            if schedule.is_settled(previous, trace[-1]):
                 break
+            previous = trace[-1]
         if iteration == schedule.iterations:
             break
         user_moments, deviance = engine.update_users(users, noise, step)
@@ -116,6 +134,9 @@ def alternate(
             step, damped, iteration = step / 2, damped + 1, iteration - 1
             continue
         trace.append(reached)
+        held_out.append(engine.held_out)
+        if schedule.is_overfit(held_out):
+            break
         step = min(1.0, 2 * step)
     engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
-    return Fit(users, inputs, noise, tuple(trace), iteration, damped)
+    return Fit(users, inputs, noise, tuple(trace), iteration, damped, tuple(held_out))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, planted
+from problems import Problem, planted, user_ids
 from sklearn.tree import DecisionTreeRegressor
 
 from mtl import alternation, gaussian
 from mtl.basis import Oracle, OracleBasis
+from mtl.blocks import HELD_OUT, TRAINED, build, from_arrow, to_arrow
+from mtl.engine import LocalEngine
 from mtl.features import Features
 from mtl.oracle.linear import fit_ridge
 from mtl.train import Fit, Schedule
@@ -241,3 +243,68 @@ def test_inputs_without_events_have_their_prior_for_their_posterior() -> None:
     np.testing.assert_allclose(inputs.mean[10:], fit.inputs.mean(engine.specification.attributes)[10:], atol=1e-10)
     np.testing.assert_allclose(gaussian.unpack(inputs.covariance, 3)[10:], [fit.inputs.covariance] * 2, atol=1e-10)
     assert len(Features.of(inputs.mean, inputs.covariance, 0.0)) == 12
+
+
+# --- Events held out --------------------------------------------------------------------------------------------------
+
+
+def with_roles(problem: Problem, role: np.ndarray) -> LocalEngine:
+    users = np.arange(len(problem.user_attributes))
+    block = build(
+        user_ids(problem.user),
+        problem.input,
+        problem.label,
+        problem.weight,
+        user_ids(users),
+        problem.user_attributes,
+        role,
+    )
+    return LocalEngine([next(from_arrow([to_arrow(block)]))], problem.specification(2))
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+def test_events_held_out_and_capped_do_not_train(loss: str) -> None:
+    problem = planted(11, events=150)
+    if loss == "logistic":
+        problem = replace(problem, label=(problem.label > problem.label.mean()).astype(float))
+    role = np.random.default_rng(0).integers(0, 3, len(problem))
+    trained = problem.take(role == TRAINED)
+    one, other = trained.engine(2, loss=loss), with_roles(problem, role)
+    other.specification = replace(one.specification)
+    fits = [trained.train(2, Schedule(3), engine=engine, loss=loss) for engine in (one, other)]
+    np.testing.assert_allclose(fits[1].objective, fits[0].objective, rtol=1e-9)
+    # What is held out is measured as a plain loop over it would.
+    features, block = other.features, other.partitions[0]
+    other.update_users(fits[1].users, fits[1].noise)
+    a, b = alternation.user_sums(
+        block.matrix(block.weights if loss == "squared" else block.precision),
+        block.matrix(block.labels if loss == "squared" else block.information),
+        features.take(block.inputs),
+    )
+    if loss == "squared":
+        w = fits[1].users.posteriors(a, b, block.attributes, fits[1].noise).mean
+        place = {user: i for i, user in enumerate(block.users.to_pylist())}
+        wanted = 0.0
+        held = problem.take(role == HELD_OUT)
+        for u, x, y, c in zip(held.user, held.input, held.label, held.weight, strict=True):
+            h = features.offset[x] + w[place[f"u{u}"]] @ features.phi[x]
+            wanted += c * h**2 / 2 - c * y * h
+        assert other.held_out == pytest.approx(wanted, rel=1e-9)
+
+
+def test_training_on_all_is_training_as_if_nothing_had_been_held_out() -> None:
+    problem = planted(12, events=150)
+    role = np.random.default_rng(0).integers(0, 2, len(problem))
+    engine = with_roles(problem, role)
+    problem.take(role == TRAINED).train(2, Schedule(3), engine=engine)
+    engine.train_on_all(float(problem.weight @ problem.label**2))
+    again, plain = (problem.train(2, Schedule(3), engine=one) for one in (engine, problem.engine(2)))
+    np.testing.assert_allclose(again.objective, plain.objective, rtol=1e-9)
+
+
+def test_patience_stops_and_the_best_number_of_iterations_is_known() -> None:
+    assert Fit(None, None, 1.0, (), 9, held_out=(0.0, 5.0, 3.0, 4.0, 4.0)).best == 2
+    assert Fit(None, None, 1.0, (), 9, held_out=(1.0,)).best == 9
+    schedule = Schedule(30, patience=2)
+    assert not schedule.is_overfit([5.0, 3.0, 4.0])
+    assert schedule.is_overfit([5.0, 3.0, 4.0, 4.0])

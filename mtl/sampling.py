@@ -1,0 +1,37 @@
+"""Which events the shared part is trained on; every user's own weights always see all of them.
+
+Deterministic: an event's role is a function of its user, its input and the settings, whatever the order or the partitions.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from mtl.blocks import CAPPED, HELD_OUT, TRAINED
+from mtl.schema import INPUT_ID, USER_ID
+
+ROLE = "_role"
+
+_GRAINS = 10_000
+
+
+def with_roles(events: DataFrame, holdout: float, cap: int) -> DataFrame:
+    """``events`` with a column of roles, where not all of them are trained on.
+
+    Args:
+        events: user_id, input_id and other columns.
+        holdout: fraction held out to measure the loss on, 0 for none.
+        cap: events of one user at most that are trained on, 0 for all.
+    """
+    if not holdout and not cap:
+        return events
+    pair = F.xxhash64(USER_ID, INPUT_ID)
+    held = F.pmod(pair, F.lit(_GRAINS)) < holdout * _GRAINS
+    role = F.when(held, HELD_OUT).otherwise(TRAINED)
+    if cap:
+        # Another hash, or the cap would favour what is not held out.
+        order = F.xxhash64(INPUT_ID, USER_ID, F.lit(1))
+        place = F.row_number().over(Window.partitionBy(USER_ID, held).orderBy(order, INPUT_ID))
+        role = F.when(~held & (place > cap), CAPPED).otherwise(role)
+    return events.withColumn(ROLE, role)

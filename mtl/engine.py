@@ -8,6 +8,7 @@ Spark partitions and the inputs on the driver; `mtl.distributed` keeps both in S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import cloudpickle
 import numpy as np
 import pyarrow as pa
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
@@ -31,6 +32,8 @@ from mtl.working import beliefs
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
 _START_CHUNK = 1024  # inputs that share one random stream
+
+_ADAPTIVE = "spark.sql.adaptive.enabled"
 
 _SUMS = pa.schema([(name, pa.binary()) for name in ("seen", "second", "first", "rest")])
 _STATE = pa.schema([field for field in blocks.ARROW_SCHEMA if field.name != "users"])
@@ -319,11 +322,13 @@ class SparkEngine(LocalEngine):
         broadcast = self.rows.sparkSession.sparkContext.broadcast(step)
         columns = [*_SUMS.names, *(_STATE.names if keep else ())]
         passed = self.state.mapInArrow(_step_in_arrow(broadcast, keep), ", ".join(f"{name} binary" for name in columns))
-        if keep:
-            passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
-            self.persisted = [*self.persisted, passed]
+        with _not_adapted(self.rows.sparkSession):
+            if keep:
+                passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
+                self.persisted = [*self.persisted, passed]
+            said = passed.select(*_SUMS.names).toArrow()
         d = step.features.phi.shape[1]
-        for batch in passed.select(*_SUMS.names).toArrow().to_batches():
+        for batch in said.to_batches():
             for seen, second, first, rest in zip(*batch.columns, strict=True):
                 index = np.frombuffer(seen.as_buffer(), np.int32)
                 # The widths are spelt out for a block without events, whose buffers are empty.
@@ -351,6 +356,20 @@ class SparkEngine(LocalEngine):
                     yield from rows.to_batches()
 
         return self.rows.mapInArrow(partition, ddl)
+
+
+@contextmanager
+def _not_adapted(spark: SparkSession) -> Iterator[None]:
+    """Plans made within are not adaptive: a pass has no shuffle to adapt, and an adaptive plan holds what it reads twice.
+
+    A persisted state's plan holds that of the state before it, so n passes would cost 2ⁿ in memory and time.
+    """
+    before = spark.conf.get(_ADAPTIVE)
+    spark.conf.set(_ADAPTIVE, "false")
+    try:
+        yield
+    finally:
+        spark.conf.set(_ADAPTIVE, before)
 
 
 def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

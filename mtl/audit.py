@@ -13,6 +13,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from mtl import features, schema
+from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
 from mtl.config import Settings
@@ -212,7 +213,9 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
         tables.read(schema.EVENTS, model.events_version), at_training[INPUT_ID], LOSSES[model.loss]
     )
     artefact = model.artefact
-    trained = artefact.inputs.mean(describe_inputs(catalogue, at_training, artefact.input_encoder, artefact.activity))
+    implicit = matrix(stored[schema.IMPLICIT], artefact.input_implicit)[index_of(catalogue.ids, ids)]
+    described = describe_inputs(catalogue.ids, at_training, artefact.input_encoder)
+    trained = artefact.inputs.mean(np.column_stack([described, implicit]))
     later = pd.DataFrame({INPUT_ID: ids.filter(pa.array(index_of(ids, catalogue.ids) < 0)).to_pandas()})
     later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
     fresh = np.concatenate([trained, model.input_basis(later.drop(columns=INPUT_ID))])

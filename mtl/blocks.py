@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from mtl.encode import Activity
 from mtl.gaussian import Array
 
 # Users whose statistics are held at once: every run of them costs one dense sum over all inputs seen.
@@ -47,29 +46,6 @@ ARROW_SCHEMA = pa.schema(
 )
 _EXTRA = "extra_"
 DDL = ", ".join(f"{name} binary" for name in ARROW_SCHEMA.names)
-
-
-@dataclass(frozen=True)
-class UserTotals:
-    """What is summed once over all users, before the first pass; adds."""
-
-    gram: Array  # Σ r rᵀ of the raw rows r = [z, log(1+n), 1 if n > 0]
-
-    @property
-    def n_users(self) -> int:
-        return int(self.gram[0, 0])
-
-    def activity(self) -> Activity:
-        return Activity.fit(self.gram[-1, -2], self.gram[-2, -2], int(self.gram[-1, -1]))
-
-    def gram_with(self, activity: Activity | None) -> Array:
-        """Σ z zᵀ over all users, with the activity column where there is one."""
-        p = len(self.gram) - 2
-        if activity is None:
-            return self.gram[:p, :p]
-        from_raw = np.eye(p + 2, p + 1)
-        from_raw[p:, p] = np.array([1.0, -activity.centre]) / activity.scale
-        return from_raw.T @ self.gram @ from_raw
 
 
 @dataclass(frozen=True)
@@ -148,16 +124,6 @@ class EventBlock:
             labels=labels.data,
             extra=self.extra.of_rows(extra.row, ~added, len(self)),
         )
-
-    def described(self, users: slice, activity: Activity | None) -> Array:
-        """Attributes of some users, (n, p), their activity last where it counts."""
-        if activity is None:
-            return self.attributes[users]
-        return np.column_stack([self.attributes[users], activity(self.n_events[users])])
-
-    def totals(self) -> UserTotals:
-        rows = np.column_stack([self.attributes, np.log1p(self.n_events), self.n_events > 0])
-        return UserTotals(rows.T @ rows)
 
     def parts(self, size: int = USERS_AT_ONCE) -> Iterator[slice]:
         """At most ``size`` users at a time."""

@@ -12,7 +12,6 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import blocks
-from mtl.encode import Activity
 from mtl.errors import StateError
 from mtl.gaussian import Array
 from mtl.losses import Loss
@@ -41,10 +40,6 @@ class Catalogue:
     kept: Totals  # of these and the events held out
     label_min: float
     label_max: float
-
-    def activity(self) -> Activity:
-        logs = np.log1p(self.counts)
-        return Activity.fit(logs.sum(), logs @ logs, int(np.sum(self.counts > 0)))
 
 
 def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue:
@@ -95,10 +90,6 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
     )
 
 
-def describe_inputs(
-    catalogue: Catalogue, attributes: pd.DataFrame, encoder: Callable[[pd.DataFrame], Array], activity: Activity | None
-) -> np.ndarray:
-    """Encoded attributes of all inputs of the catalogue, (n, p); an input without an attribute row is the average one."""
-    rows = pd.Series(catalogue.ids.to_pandas(), name=INPUT_ID).to_frame().merge(attributes, "left", INPUT_ID)
-    described = encoder(rows)
-    return described if activity is None else np.column_stack([described, activity(catalogue.counts)])
+def describe_inputs(ids: pa.Array, attributes: pd.DataFrame, encoder: Callable[[pd.DataFrame], Array]) -> Array:
+    """Encoded attributes of the inputs ``ids``, (n, p); an input without an attribute row is the average one."""
+    return encoder(pd.Series(ids.to_pandas(), name=INPUT_ID).to_frame().merge(attributes, "left", INPUT_ID))

@@ -83,6 +83,7 @@ class OracleSettings(_Section):
 
 class EncodeSettings(_Section):
     activity: bool
+    spectral: AutoOrAny
     max_categories: int = Field(ge=1)
     min_category_count: int = Field(ge=1)
     text_dimensions: int = Field(ge=1)

@@ -247,7 +247,7 @@ def _only(work: UserWork) -> Callable[..., Iterator[pa.Table]]:
 def _sums(block: EventBlock, features: Features, arguments: Any, partition: int, size: int) -> Iterator[pa.Table]:
     prior, noise, of = arguments
     local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
-    _, said = UserStep(features, prior, noise, of.loss, of.mu, of.activity)(local)
+    _, said = UserStep(features, prior, noise, of.loss, of.mu)(local)
     for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
         rows = np.searchsorted(block.inputs, inputs)
         # The partition's moments travel with its first piece.

@@ -21,7 +21,6 @@ from pyspark.sql import DataFrame, SparkSession
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
 from mtl.blocks import EventBlock
-from mtl.encode import Activity
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
@@ -64,7 +63,6 @@ class Specification:
     mu: float  # μ, the link of the mean label
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
-    activity: Activity | None = None  # of the users, where it is one of their attributes
     known: Known | None = None
 
     def start(self, first: int, n: int) -> Posterior:
@@ -134,7 +132,6 @@ class UserStep:
     noise: float
     loss: Loss
     mu: float
-    activity: Activity | None = None
     step: float = 1.0  # how far working values move to their new ones
 
     def __call__(self, block: EventBlock) -> tuple[EventBlock, BlockSums]:
@@ -145,7 +142,7 @@ class UserStep:
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
         for users in block.parts():
-            attributes, entries = block.described(users, self.activity), block.entries(users)
+            attributes, entries = block.attributes[users], block.entries(users)
             weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
             a, b = alternation.user_sums(weights, labels, features)
             posteriors = self.prior.posteriors(a, b, attributes, self.noise)
@@ -218,7 +215,7 @@ class LocalEngine:
         self.constant = of.squared_labels if of.loss.is_quadratic else 0.0
         self.held_out = 0.0
         moments = []
-        work = UserStep(self.features, prior, noise, of.loss, of.mu, of.activity, step)
+        work = UserStep(self.features, prior, noise, of.loss, of.mu, step)
         for said in self.each_block(work):
             self.sums.second[said.seen] += said.sums.second
             self.sums.first[said.seen] += said.sums.first

@@ -57,8 +57,13 @@ class Features:
         return Features(*(values[rows] for values in vars(self).values()))
 
 
-def feature_rows(version: int, ids: pa.Array, features: Features, residual: Array) -> pa.Table:
-    """Rows of the features table for n inputs; ``residual`` (n, d) is what training added to the oracle's prediction."""
+def feature_rows(version: int, ids: pa.Array, features: Features, residual: Array, implicit: Array) -> pa.Table:
+    """Rows of the features table for n inputs.
+
+    Args:
+        residual: what training added to the oracle's prediction, (n, d).
+        implicit: the attributes that training events are, (n, q).
+    """
     return pa.table(
         {
             schema.MODEL_VERSION: pa.array(np.full(len(ids), version)),
@@ -69,6 +74,7 @@ def feature_rows(version: int, ids: pa.Array, features: Features, residual: Arra
             schema.OFFSET_PHI: lists(features.offset_phi),
             schema.OFFSET_VARIANCE: features.offset_variance,
             schema.RESIDUAL: lists(residual),
+            schema.IMPLICIT: lists(implicit),
             schema.INPUT_CLASS: ids,
         }
     )

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import gaussian, schema
 from mtl.config import Settings
-from mtl.encode import Activity, Encoder
+from mtl.encode import Encoder
 from mtl.errors import StateError
 from mtl.features import Features
 from mtl.forms import Form
@@ -34,7 +34,8 @@ class Artefact:
 
     user_encoder: Encoder
     input_encoder: Encoder | PipelineEncoder
-    activity: Activity | None  # of the inputs; with it, log-counts of events are the last attribute of both sides
+    user_implicit: int  # columns after the encoded attributes that stand for training events (mtl.implicit)
+    input_implicit: int
     users: VectorPrior
     inputs: VectorPrior
 
@@ -62,7 +63,9 @@ class Model:
 
     def input_basis(self, attributes: pd.DataFrame) -> Array:
         """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""
-        return self.artefact.inputs.mean(self._encoded(self.artefact.input_encoder, attributes))
+        return self.artefact.inputs.mean(
+            _encoded(self.artefact.input_encoder, attributes, self.artefact.input_implicit)
+        )
 
     def features_of_new(self, attributes: pd.DataFrame) -> Features:
         """Features of inputs that no event is known of, from their attribute rows: g(z) with the residuals' covariance."""
@@ -72,7 +75,7 @@ class Model:
 
     def prior_mean_of_new(self, attributes: pd.DataFrame) -> Array:
         """Prior means of users that no event was known of in training, (n, d)."""
-        return self.artefact.users.mean(self._encoded(self.artefact.user_encoder, attributes))
+        return self.artefact.users.mean(_encoded(self.artefact.user_encoder, attributes, self.artefact.user_implicit))
 
     @property
     def prior_mean_of_unknown(self) -> Array:
@@ -83,9 +86,10 @@ class Model:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
         return self.artefact.users.conditional(a, b, prior_mean, self.noise)
 
-    def _encoded(self, encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame) -> Array:
-        z = encoder(attributes)
-        return np.column_stack([z, np.zeros(len(z))]) if self.artefact.activity else z
+
+def _encoded(encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
+    z = encoder(attributes)
+    return np.column_stack([z, np.zeros((len(z), implicit))])
 
 
 def load_model(tables: Tables, version: int | None = None) -> Model:

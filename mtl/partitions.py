@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +16,7 @@ from pyspark.sql import types as T
 
 from mtl import blocks
 from mtl.arrow import lists, matrix
-from mtl.blocks import UserTotals
+from mtl.blocks import EventBlock
 from mtl.encode import Encoder
 from mtl.gaussian import Array
 from mtl.sampling import ROLE
@@ -60,18 +61,25 @@ def encode_users(users: DataFrame, encoder: Encoder) -> DataFrame:
     return users.mapInArrow(partition, f"{USER_ID} string, {_ATTRIBUTES} array<double>")
 
 
-def user_totals(partitions: DataFrame) -> UserTotals:
-    """Totals over all users of persisted partitions."""
+def each_block(rows: DataFrame, work: Callable[[EventBlock], Any]) -> list[Any]:
+    """What ``work`` gives for every block, computed where the block is; in no particular order."""
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for block in blocks.from_arrow(batches):
-            yield pa.record_batch([pa.array([block.totals().gram.tobytes()], pa.binary())], ["gram"])
+            yield pa.record_batch([pa.array([cloudpickle.dumps(work(block))], pa.binary())], ["result"])
 
-    rows = partitions.drop("users").mapInArrow(partition, "gram binary").toArrow()
-    grams = [np.frombuffer(row.as_buffer()) for row in rows["gram"]]
-    total = np.sum(grams, axis=0)
-    side = round(len(total) ** 0.5)
-    return UserTotals(total.reshape(side, side))
+    results = rows.drop("users").mapInArrow(partition, "result binary").toArrow()["result"]
+    return [cloudpickle.loads(result.as_buffer()) for result in results]
+
+
+def changed(rows: DataFrame, change: Callable[[EventBlock], EventBlock]) -> DataFrame:
+    """The rows with every block changed, persisted; the ones before are given back once these are used."""
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for block in blocks.from_arrow(batches):
+            yield blocks.to_arrow(change(block))
+
+    return rows.mapInArrow(partition, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
 
 
 def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

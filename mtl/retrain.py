@@ -18,23 +18,24 @@ from pyspark.sql import types as T
 from tqdm import tqdm
 
 from mtl import blocks, gaussian, models, schema
-from mtl.arrow import lists
+from mtl.arrow import lists, matrix
 from mtl.basis import OracleBasis
 from mtl.blocks import CAPPED, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
-from mtl.encode import Activity, Encoder
+from mtl.encode import Encoder
 from mtl.engine import Known, SparkEngine, Specification
 from mtl.errors import ConfigError
 from mtl.features import Features, feature_rows, from_rows
 from mtl.forms import Form, Given, partly_given
 from mtl.gaussian import Posterior
+from mtl.implicit import Implicit, Unknown
 from mtl.losses import LOSSES, Loss
 from mtl.models import Artefact, Model
 from mtl.oracle import make_oracle
 from mtl.oracle.imports import load_object
-from mtl.partitions import encode_users, partition_events, user_totals
+from mtl.partitions import changed, each_block, encode_users, partition_events
 from mtl.pipeline import PipelineEncoder
 from mtl.prior import Locked, Prior, VectorPrior
 from mtl.resume import Checkpoint
@@ -63,8 +64,8 @@ class Trained:
     catalogue: Catalogue
     user_encoder: Encoder
     input_encoder: Encoder | PipelineEncoder
-    input_activity: Activity | None
-    user_activity: Activity | None
+    user_implicit: int
+    input_implicit: int
 
     @property
     def report(self) -> dict[str, Any]:
@@ -93,11 +94,14 @@ class Trained:
             label_max=catalogue.label_max,
             events_version=events_version,
             inputs_version=inputs_version,
-            artefact=Artefact(self.user_encoder, self.input_encoder, self.input_activity, fit.users, fit.inputs),
+            artefact=Artefact(
+                self.user_encoder, self.input_encoder, self.user_implicit, self.input_implicit, fit.users, fit.inputs
+            ),
         )
 
     def feature_rows(self, version: int) -> DataFrame:
         """Rows of the features table."""
+        width = self.input_implicit
         ids, mu, prior = (
             self.engine.rows.sparkSession.sparkContext.broadcast(self.catalogue.ids),
             self.mu,
@@ -106,14 +110,14 @@ class Trained:
 
         def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
             features = Features.of(inputs.mean, inputs.covariance, mu)
-            residual = inputs.mean - prior.mean(attributes)
-            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual)
+            residual, implicit = inputs.mean - prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
+            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual, implicit)
 
         return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
 
     def user_rows(self, version: int) -> DataFrame:
         """Rows of the users table, from one more pass over the events under the final features."""
-        arguments = (self.fit.users, self.fit.noise, self.loss, self.user_activity, version)
+        arguments = (self.fit.users, self.fit.noise, self.loss, version)
         users = self.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
         return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
 
@@ -124,6 +128,12 @@ class Live:
 
     model: Model
     features: DataFrame  # its rows
+
+    def implicit(self, ids: pa.Array) -> np.ndarray:
+        """The attributes that its training events were, of inputs; 0 for one that it has no features of."""
+        rows, width = self.features.toArrow(), self.model.artefact.input_implicit
+        found = np.vstack([matrix(rows[schema.IMPLICIT], width), np.zeros(width)])
+        return found[blocks.index_of(ids, rows[INPUT_ID].combine_chunks())]
 
     def known(self, catalogue: Catalogue, form: Form, mu: float, described: np.ndarray, complete: bool) -> Known | None:
         """Its features as vectors to start from; None where its form is another.
@@ -221,31 +231,33 @@ def train(
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
-    identity = settings.oracle.kind == "identity"
-    kept = live.model if live and "features" in settings.train.lock else None
-    if kept:
-        input_encoder, input_activity = kept.artefact.input_encoder, kept.artefact.activity
+    lock, n_inputs = settings.train.lock, len(catalogue.ids)
+    kept = live.model.artefact if live else None
+    if kept and "features" in lock:
+        input_encoder = kept.input_encoder
     else:
         input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
-        input_activity = catalogue.activity() if settings.encode.activity and not identity else None
-    described = describe_inputs(catalogue, attributes, input_encoder, input_activity)
-
     sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
-    user_encoder = Encoder.fit(sample, settings.encode)
-    if live and "users" in settings.train.lock:
-        user_encoder = live.model.artefact.user_encoder
+    user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
     n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
-    rows = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
+    undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
 
-    totals = user_totals(rows)
-    user_activity = totals.activity() if input_activity else None
-    form, mu = (
-        _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder),
-        loss.link(catalogue.mean_label),
-    )
-    if kept:
-        form, mu = kept.form, kept.mean_label
+    identity = settings.oracle.kind == "identity"
+    implicit = Implicit.fit(partial(each_block, undescribed), catalogue.counts, settings.encode, nothing=identity)
+    of_inputs = live.implicit(catalogue.ids) if live and "features" in lock else implicit.inputs(catalogue.counts)
+    of_users = Unknown(kept.user_implicit) if kept and "users" in lock else implicit
+    described = np.column_stack([describe_inputs(catalogue.ids, attributes, input_encoder), of_inputs])
+    rows = changed(undescribed, of_users.described) if of_users.width else undescribed
+    grams = each_block(rows, lambda block: (len(block), block.attributes.T @ block.attributes))
+    if rows is not undescribed:
+        undescribed.unpersist()
+    n_users, user_gram = sum(n for n, _ in grams), np.sum([gram for _, gram in grams], axis=0)
+
+    if live and "features" in lock:
+        form, mu = live.model.form, live.model.mean_label
+    else:
+        form, mu = _form(settings, n_users, n_inputs, input_encoder, user_encoder), loss.link(catalogue.mean_label)
     specification = Specification(
         attributes=described,
         form=form,
@@ -253,16 +265,16 @@ def train(
         mu=mu,
         squared_labels=catalogue.trained.squared_labels,
         seed=settings.train.seed,
-        activity=user_activity,
-        known=live.known(catalogue, form, mu, described, complete=kept is not None) if live else None,
+        known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
     )
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
-    gram = totals.gram_with(user_activity)
     fit = _fit(
-        engine, settings, specification, gram, catalogue, live, checkpoint if settings.train.checkpoint else None
+        engine, settings, specification, user_gram, catalogue, live, checkpoint if settings.train.checkpoint else None
     )
-    return Trained(engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, input_activity, user_activity)
+    return Trained(
+        engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, implicit.width, of_inputs.shape[1]
+    )
 
 
 def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> Encoder | PipelineEncoder:
@@ -289,11 +301,11 @@ def _form(settings: Settings, n_users: int, n_inputs: int, inputs: Encoder | Pip
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
     """Sums and weights of the block's users under the final features."""
-    prior, noise, loss, activity, version = arguments
+    prior, noise, loss, version = arguments
     block = block.with_extra(HELD_OUT, CAPPED)
     assert block.users is not None
     for part in block.parts():
-        mean = prior.mean(block.described(part, activity))
+        mean = prior.mean(block.attributes[part])
         posteriors = partial(prior.conditional, mean=mean, noise=noise)
         a, b, users = settle(block.weight_matrix[part], block.label_matrix[part], features, posteriors, loss)
         columns = {

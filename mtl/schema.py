@@ -62,6 +62,7 @@ OFFSET = "offset"  # E[o(x)]
 PHI = "phi"  # E[φ(x)], length k+1, first entry 1
 SECOND_MOMENT = "second_moment"  # E[φφᵀ], packed
 OFFSET_PHI = "offset_phi"  # E[oφ], length k+1
+IMPLICIT = "implicit"  # the input's attributes that its training events are, see mtl.implicit
 OFFSET_VARIANCE = "offset_variance"  # Var[o]
 RESIDUAL = "residual"  # what training added to the oracle's (o, f_1…f_k), length k+1
 INPUT_CLASS = "input_class"  # equivalence class of the input
@@ -149,6 +150,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (SECOND_MOMENT, _VECTOR),
         (OFFSET_PHI, _VECTOR),
         (OFFSET_VARIANCE, T.DoubleType()),
+        (IMPLICIT, _VECTOR),
         (RESIDUAL, _VECTOR),
         (INPUT_CLASS, T.StringType()),
     ),

@@ -107,23 +107,6 @@ def test_parts_of_a_block_are_the_block() -> None:
         np.testing.assert_array_equal(np.concatenate([matrix[part].data for part in parts]), values)
 
 
-@pytest.mark.parametrize("with_activity", [True, False])
-def test_the_gram_from_totals_of_blocks_is_that_of_the_attributes_that_passes_see(with_activity: bool) -> None:
-    problem = planted(2, users=10, events=12)
-    parts = [problem.block(np.arange(0, 4)), problem.block(np.arange(4, 10))]
-    counts = np.bincount(problem.user, minlength=10)
-    assert (counts == 0).any()  # users without events
-    totals = blocks.UserTotals(sum(part.totals().gram for part in parts))
-    logs = np.log1p(counts[counts > 0])
-    activity = totals.activity()
-    assert activity.centre == pytest.approx(logs.mean())
-    assert activity.scale == pytest.approx(logs.std())
-    chosen = activity if with_activity else None
-    seen = np.vstack([part.described(slice(None), chosen) for part in parts])
-    assert seen.shape[1] == problem.user_attributes.shape[1] + with_activity
-    np.testing.assert_allclose(totals.gram_with(chosen), seen.T @ seen, atol=1e-10)
-
-
 def test_activity_is_the_standardized_log_count_and_0_without_events() -> None:
     counts = np.array([0, 1, 3, 7])
     logs = np.log([2, 4, 8])

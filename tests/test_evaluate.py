@@ -48,7 +48,7 @@ def model(random: np.random.Generator) -> Model:
     prior = Prior(np.eye(1), spd(random), random.normal(size=(1, D)))
     nothing = Encoder((), np.empty(0))
     return Model(
-        1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(nothing, nothing, None, prior, prior)
+        1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(nothing, nothing, 0, 0, prior, prior)
     )
 
 

@@ -52,7 +52,7 @@ def test_features_come_back_from_their_rows_as_they_were() -> None:
     inputs = gaussians(4, 5, 3)
     features = Features.of(inputs.mean, inputs.covariance, 0.5)
     ids = pa.array(list("abcde"))
-    rows = feature_rows(7, ids, features, inputs.mean)
+    rows = feature_rows(7, ids, features, inputs.mean, np.ones((len(ids), 2)))
     assert set(rows.column_names) == set(schema.SCHEMAS[schema.FEATURES].names)
     assert rows[schema.MODEL_VERSION].to_pylist() == [7] * 5
     assert rows[schema.INPUT_ID].to_pylist() == list("abcde")

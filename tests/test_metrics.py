@@ -24,7 +24,7 @@ D = 3
 def model_of(loss: str) -> Model:
     prior, nothing = Prior(np.eye(1), np.eye(D), np.zeros((1, D))), Encoder((), np.empty(0))
     return Model(
-        1, schema.LIVE, Form(D - 1), loss, 0.2, 1.0, 0.0, 1.0, 0, 0, Artefact(nothing, nothing, None, prior, prior)
+        1, schema.LIVE, Form(D - 1), loss, 0.2, 1.0, 0.0, 1.0, 0, 0, Artefact(nothing, nothing, 0, 0, prior, prior)
     )
 
 

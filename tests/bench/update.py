@@ -90,7 +90,7 @@ def random_model() -> tuple[Model, SharedInputs]:
     covariance = np.tile(gaussian.pack(0.05 * np.eye(d)), (INPUTS, 1))
     encoder = Encoder.fit(pd.DataFrame(index=range(1)), load_settings().encode)
     prior = Prior.start(np.eye(1), d, 0.2)
-    artefact = Artefact(encoder, encoder, None, prior, prior)
+    artefact = Artefact(encoder, encoder, 0, 0, prior, prior)
     model = Model(1, schema.LIVE, Form(RANK), "squared", 3.5, 0.6, 0.0, 7.0, 0, 0, artefact)
     ids = pa.array(np.arange(INPUTS)).cast(pa.string())
     return model, SharedInputs(ids, Features.of(mean, covariance, 3.5))

@@ -64,7 +64,7 @@ def model() -> Model:
     encode = SETTINGS.encode
     encoders = Encoder.fit(AGES, encode), Encoder.fit(ATTRIBUTES, encode)
     priors = [Prior(np.eye(e.width), spd(random) / 9, random.normal(size=(e.width, D)) / 5) for e in encoders]
-    return Model(1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(*encoders, None, *priors))
+    return Model(1, schema.LIVE, Form(D - 1), "squared", 3.0, 0.7, 1.0, 5.0, 0, 0, Artefact(*encoders, 0, 0, *priors))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def known(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, model: 
     random = np.random.default_rng(11)
     mean, covariance = random.normal(size=(10, D)) / 2, gaussian.pack(np.stack([spd(random) / 9 for _ in INPUTS]))
     features = Features.of(mean, covariance, model.mean_label)
-    rows = feature_rows(1, pa.array(INPUTS), features, np.zeros((10, D)))
+    rows = feature_rows(1, pa.array(INPUTS), features, np.zeros((10, D)), np.zeros((10, 0)))
     tables.append(schema.FEATURES, spark.createDataFrame(rows))
     a, b = gaussian.pack(np.stack([spd(random) * 5 for _ in USERS])), random.normal(size=(8, D))
     prior_mean = random.normal(size=(8, D)) / 3

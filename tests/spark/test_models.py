@@ -22,7 +22,7 @@ def model(version: int, status: str) -> Model:
     prior = Prior(np.eye(1), (version + 1.0) * np.eye(2), np.array([[0.0, version]]))
     encoder = Encoder((), np.empty(0))
     return Model(
-        version, status, Form(1), "squared", 3.5, 0.25, 1.0, 5.0, 7, 8, Artefact(encoder, encoder, False, prior, prior)
+        version, status, Form(1), "squared", 3.5, 0.25, 1.0, 5.0, 7, 8, Artefact(encoder, encoder, 0, 0, prior, prior)
     )
 
 

@@ -12,14 +12,16 @@ from mtl.read import parse_renames
 from mtl.tables import Tables
 
 DESCRIPTION = """\
-Measure the live model version on a file of events that it was not trained on: RMSE, MAE, and the share of labels inside
-the 90% interval. Nothing is written.
+Measure the live model version on a file of events that it was not trained on, by what its loss is measured by: RMSE, MAE
+and the share of labels inside the 90% interval; for logistic loss log loss, AUC, expected calibration error (15 bins of
+equal width), Brier score and accuracy; for Poisson loss the mean deviance, RMSE and MAE. Nothing is written.
 
 The file is read as jobs/ingest.py reads it, and has to hold nothing but rows that it would accept; every row counts
-once. --baselines trains four others on the events table and measures them on the same rows: the global mean, the mean
-of the input, one ridge regression a user on the input attributes, and MLlib's ALS, the best of a grid ([evaluate] in
-conf/default.toml; MLlib computes in Java unless a native BLAS is installed). Predictions are clipped to the range of
-the labels in training, everyone's alike."""
+once. --baselines trains others on the events table and measures them on the same rows: the global mean, the mean of the
+input, one penalized regression a user on the input attributes, for other losses than squared one of all users, and
+MLlib's ALS (on the labels as they are, its scores kept where a mean label can be), the best of a grid ([evaluate] in
+conf/default.toml; MLlib computes in Java unless a native BLAS is installed). With squared loss
+predictions are clipped to the range of the labels in training, everyone's alike."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,18 +17,18 @@ from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
 from mtl.config import Settings
+from mtl.errors import StateError
 from mtl.ingest import INGEST
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.models import Model, load_model, versions
+from mtl.replay import in_turns
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.update import QUERY
 from mtl.users import TRAINING, TURN, SharedInputs, updated_users
 
 log = logging.getLogger("mtl")
-
-MOST_TURNS = 64  # batches that a replay reads a version of the events for
 
 Check = dict[str, Any]
 
@@ -114,25 +114,26 @@ def _update_adds_up(tables: Tables, model: Model) -> Check:
 
 
 def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Check:
-    """Every user's row equals one pass over the events that the stream has consumed, from nothing."""
+    """Every user's row equals one pass over the events that the stream has consumed, from nothing.
+
+    Where the loss is not squared: a replay of training, batches and releases in the ledger's order.
+    """
     consumed = _consumed_version(tables, model)
     if consumed is None:
         return {
             "holds": False,
             "reason": "the update stream stopped within a commit: run jobs/update.py --available-now",
         }
-    events = tables.read(schema.EVENTS, consumed).join(
-        _waiting(tables, model).select(schema.EVENT_ID), schema.EVENT_ID, "left_anti"
-    )
-    whole = events
-    if not LOSSES[model.loss].is_quadratic:
-        replayed = _in_turns(tables, model, events)
-        if replayed is None:
-            return {
-                "holds": True,
-                "reason": f"not replayed: more than {MOST_TURNS} batches, or one that ended in a commit",
-            }
-        events, whole = replayed, events.withColumn(TURN, F.lit(TRAINING))
+    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
+    if LOSSES[model.loss].is_quadratic:
+        unreleased = waiting.where(F.col(schema.RELEASED).isNull()).select(schema.EVENT_ID)
+        whole = events = tables.read(schema.EVENTS, consumed).join(unreleased, schema.EVENT_ID, "left_anti")
+    else:
+        try:
+            events = in_turns(tables, model, _ledger(tables, model), waiting, consumed)
+        except StateError as error:
+            return {"holds": False, "reason": str(error)}
+        whole = events.withColumn(TURN, F.lit(TRAINING))
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     rows = features_of(tables, model).toArrow()
     inputs = SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, model.d))
@@ -162,38 +163,6 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         "events_version": consumed,
         **({} if whole is events else _refit_gap(users, from_nothing(whole))),
     }
-
-
-def _in_turns(tables: Tables, model: Model, events: DataFrame) -> DataFrame | None:
-    """``events`` with the turn in which training (0), a batch or a release gave them to the users, as the ledger has it.
-
-    None where the ledger cannot tell: a batch that ended within a commit, or too many of them to read a version each.
-    """
-    turns = _ledger(tables, model).orderBy(schema.CREATED_AT).collect()
-    if len(turns) > MOST_TURNS:
-        return None
-    versions, released = {TRAINING: model.events_version}, {}
-    for turn, row in enumerate(turns, 1):
-        if row[schema.OFFSETS] is None:
-            released[row[schema.BATCH_ID]] = turn
-            continue
-        offset = json.loads(row[schema.OFFSETS])
-        if offset["index"] >= 0:
-            return None
-        versions[turn] = offset["reservoirVersion"] - 1
-    turn = F.lit(max(versions))
-    for earlier in sorted(versions, reverse=True)[1:]:
-        known = tables.read(schema.EVENTS, versions[earlier]).select(schema.EVENT_ID, F.lit(earlier).alias("earlier"))
-        events = events.join(known, schema.EVENT_ID, "left")
-        turn = F.coalesce("earlier", turn)
-        events = events.withColumn(TURN, turn).drop("earlier")
-        turn = F.col(TURN)
-    rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
-    waited = rows.select(schema.EVENT_ID, schema.RELEASED).where(F.col(schema.RELEASED).isNotNull())
-    place = F.create_map(*(F.lit(value) for pair in released.items() for value in pair)) if released else None
-    late = place[F.col(schema.RELEASED)] if place is not None else F.lit(None).cast("int")
-    late = waited.select(schema.EVENT_ID, late.alias("late"))
-    return events.withColumn(TURN, turn).join(late, schema.EVENT_ID, "left").withColumn(TURN, F.coalesce("late", TURN))
 
 
 def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:

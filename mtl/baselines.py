@@ -1,7 +1,8 @@
-"""What the model is measured against: means, independent users, and Spark's own matrix factorization.
+"""What the model is measured against: means, regressions of single users and of all, Spark's own matrix factorization.
 
-Each learns from training events and adds a column of predictions to rows of user_id, input_id and others. Events count
-with their weights, except in ALS, which knows none.
+Each learns from training events and adds a column of predictions, mean labels, to rows of user_id, input_id and others.
+Events count with their weights, except in ALS, which knows none. Regressions are of the model's loss; ALS has squared loss
+whatever the labels are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,16 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from tqdm import tqdm
 
-from mtl import blocks, gaussian, schema
+from mtl import blocks, gaussian, glm, schema
 from mtl.arrow import lists
 from mtl.config import EvaluateSettings
 from mtl.errors import StateError
-from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.metrics import clipped, cost
 from mtl.models import Model
-from mtl.prior import Prior
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.tables import Tables
-from mtl.working import settle
 
 log = logging.getLogger("mtl")
 
@@ -46,9 +43,16 @@ GLOBAL_MEAN = "global_mean"
 INPUT_MEAN = "input_mean"
 INDEPENDENT = "independent"
 ALS_BEST = "als"
-NAMES = (GLOBAL_MEAN, INPUT_MEAN, INDEPENDENT, ALS_BEST)
+POOLED = "pooled"
+NAMES = (GLOBAL_MEAN, INPUT_MEAN, INDEPENDENT, ALS_BEST)  # and, where the loss is not squared, POOLED
 
 RIDGE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_MEAN_EVENTS = (
+    5.0  # events at the global mean that an input has beside its own, where a mean of 0 could cost without end
+)
+_POOLED_STRENGTH = 1.0
+_ALS_MARGIN = 0.01  # an ALS score keeps this far from 0 and 1,
+_ALS_LEAST = 0.05  # or above so many mean rates: least squares knows of neither
 _USERS_AT_ONCE = 1024  # fewer than in training: attributes are more than basis functions
 _ROWS_AT_ONCE = 65_536
 _SPLIT = 1_000_000  # how finely the validation fraction is told
@@ -78,10 +82,14 @@ class DescribedInputs:
         return place
 
 
+def names(loss: Loss) -> tuple[str, ...]:
+    return NAMES if loss.is_quadratic else (*NAMES, POOLED)
+
+
 def with_baselines(
     tables: Tables, model: Model, settings: EvaluateSettings, train: DataFrame, rows: DataFrame
 ) -> tuple[DataFrame, dict[str, dict[str, Any]]]:
-    """``rows`` with one column of predictions a baseline, named as in :data:`NAMES`.
+    """``rows`` with one column of predictions a baseline, named as in :func:`names`.
 
     What a baseline leaves to choose is chosen on a part of ``train``, split off by a hash of event_id; it then learns
     from all of it.
@@ -112,11 +120,12 @@ def with_baselines(
     als = choose_als(part, validation, mean, settings, model)
     log.info("evaluate: ALS, rank %d, regularization %g", als.getRank(), als.getRegParam())
 
-    rows = with_input_mean(train, rows.withColumn(GLOBAL_MEAN, F.lit(mean)), mean)
-    rows = with_independent(train, rows, inputs, mean, (strength,), model.loss).withColumn(
-        INDEPENDENT, F.col(INDEPENDENT)[0]
-    )
-    rows = with_als(als, train, rows)
+    loss = LOSSES[model.loss]
+    rows = with_input_mean(train, rows.withColumn(GLOBAL_MEAN, F.lit(mean)), mean, loss)
+    rows = with_independent(train, rows, inputs, mean, (strength,), loss).withColumn(INDEPENDENT, F.col(INDEPENDENT)[0])
+    rows = with_als(als, train, rows).withColumn(ALS_BEST, mean_label(F.col(ALS_BEST), mean, loss))
+    if POOLED in names(loss):
+        rows = with_pooled(train, rows, inputs, mean, loss)
     chosen = {
         INDEPENDENT: {"strength": strength},
         ALS_BEST: {"rank": als.getRank(), "regularization": als.getRegParam()},
@@ -132,10 +141,31 @@ def held_out(fraction: float) -> Column:
 # --- Means ------------------------------------------------------------------------------------------------------------
 
 
-def with_input_mean(train: DataFrame, rows: DataFrame, mean: float) -> DataFrame:
-    """``rows`` with the weighted mean label of their input, ``mean`` where it has no training event."""
-    means = train.groupBy(INPUT_ID).agg((F.sum(F.col(WEIGHT) * F.col(LABEL)) / F.sum(WEIGHT)).alias(INPUT_MEAN))
+def with_input_mean(train: DataFrame, rows: DataFrame, mean: float, loss: Loss = LOSSES["squared"]) -> DataFrame:
+    """``rows`` with the weighted mean label of their input, ``mean`` where it has no training event.
+
+    Where the loss is not squared, it is drawn to ``mean`` by as much as a few events.
+    """
+    drawn = 0.0 if loss.is_quadratic else _MEAN_EVENTS
+    sums = F.sum(F.col(WEIGHT) * F.col(LABEL)) + drawn * mean
+    means = train.groupBy(INPUT_ID).agg((sums / (F.sum(WEIGHT) + drawn)).alias(INPUT_MEAN))
     return rows.join(means, INPUT_ID, "left").withColumn(INPUT_MEAN, F.coalesce(INPUT_MEAN, F.lit(mean)))
+
+
+# --- One regression of all users --------------------------------------------------------------------------------------
+
+
+def with_pooled(train: DataFrame, rows: DataFrame, inputs: DescribedInputs, mean: float, loss: Loss) -> DataFrame:
+    """``rows`` with the predictions of one regression on input attributes, the same for every user."""
+    sums = train.groupBy(INPUT_ID).agg(F.sum(WEIGHT).alias(_WEIGHT), F.sum(F.col(WEIGHT) * F.col(LABEL)).alias(_LABEL))
+    events = sums.toArrow()  # a row an input
+    weight, offset, everyone = events[_WEIGHT].to_numpy(), loss.link(mean), np.zeros(len(events), np.int64)
+    label, place = events[_LABEL].to_numpy() / weight, inputs.place(events[INPUT_ID])
+    w = glm.fit(everyone, place, label, weight, inputs.z, 1, (_POOLED_STRENGTH,), loss, offset)[0, 0]
+    predictions = loss.response(offset + inputs.z @ w, np.zeros(len(inputs.z)))
+    known = pa.table({INPUT_ID: inputs.ids, POOLED: pa.array(predictions[:-1])})
+    rows = rows.join(rows.sparkSession.createDataFrame(known), INPUT_ID, "left")
+    return rows.withColumn(POOLED, F.coalesce(POOLED, F.lit(float(predictions[-1]))))
 
 
 # --- Independent users ------------------------------------------------------------------------------------------------
@@ -145,7 +175,7 @@ def choose_strength(
     part: DataFrame, validation: DataFrame, inputs: DescribedInputs, mean: float, model: Model
 ) -> float:
     """The one of :data:`RIDGE_STRENGTHS` of the least cost on ``validation``."""
-    predicted = with_independent(part, validation, inputs, mean, RIDGE_STRENGTHS, model.loss)
+    predicted = with_independent(part, validation, inputs, mean, RIDGE_STRENGTHS, LOSSES[model.loss])
     costs = [
         F.sum(cost(model.loss, clipped(F.col(INDEPENDENT)[i], model), F.col(LABEL)))
         for i in range(len(RIDGE_STRENGTHS))
@@ -161,11 +191,9 @@ def with_independent(
     inputs: DescribedInputs,
     mean: float,
     strengths: Sequence[float],
-    loss: str = "squared",
+    loss: Loss = LOSSES["squared"],
 ) -> DataFrame:
-    """``rows`` with the predictions, an array over ``strengths``, of one ridge regression a user on input attributes.
-
-    Under another loss than the squared one it is the generalized linear model of that loss.
+    """``rows`` with the predictions, an array over ``strengths``, of one penalized regression a user on input attributes.
 
     A user without training events has weights 0: the global mean.
     """
@@ -177,40 +205,24 @@ def with_independent(
 
 
 def ridge(
-    user: np.ndarray,
-    place: np.ndarray,
-    label: Array,
-    weight: Array,
-    z: Array,
-    n_users: int,
-    strengths: Sequence[float],
-    loss: Loss,
-    intercept: float,
+    user: np.ndarray, place: np.ndarray, label: Array, weight: Array, z: Array, n_users: int, strengths: Sequence[float]
 ) -> Array:
-    """Weights of h = intercept + w·z for every user and ridge λ, (strengths, users, p): (Σ c zzᵀ + λI)⁻¹ Σ c z (y − intercept).
+    """(Σ c zzᵀ + λI)⁻¹ Σ c z y for every user and λ: (strengths, users, p).
 
     Args:
         user, place: number of the user, and of the input among the rows of z, of each event, (n,).
         label, weight: y and c, (n,).
         z: (inputs, p).
-        loss: under another than the squared one, c and y are its working values.
     """
     weights, labels = blocks.csr(user, place, label, weight, n_users, len(z))
-    n, p = z.shape
-    offset = np.full(n, intercept)
-    w = np.empty((len(strengths), n_users, p))
+    w = np.empty((len(strengths), n_users, z.shape[1]))
     for first in range(0, n_users, _USERS_AT_ONCE):
         part = slice(first, first + _USERS_AT_ONCE)
         seen = np.unique(weights[part].indices)
-        of_seen = z[seen]
-        features = Features(
-            offset[seen], of_seen, gaussian.outer(of_seen), intercept * of_seen, offset_variance=np.zeros(len(seen))
-        )
+        gram = weights[part][:, seen] @ gaussian.outer(z[seen])
+        information = labels[part][:, seen] @ z[seen]
         for i, strength in enumerate(strengths):
-            prior = Prior.start(np.eye(1), p, 1 / strength)
-            zero = np.zeros((len(range(n_users)[part]), p))
-            posteriors = partial(prior.conditional, mean=zero, noise=1.0)
-            w[i, part] = settle(weights[part][:, seen], labels[part][:, seen], features, posteriors, loss)[2].mean
+            w[i, part] = gaussian.posterior(gram + gaussian.pack(strength * np.eye(z.shape[1])), information).mean
     return w
 
 
@@ -219,24 +231,18 @@ def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], I
         filled = [batch for batch in batches if batch.num_rows]
         if not filled:
             return
-        inputs, mean, strengths, name = shared.value
-        loss = LOSSES[name]
+        inputs, mean, strengths, loss = shared.value
         table = pa.Table.from_batches(filled)
         codes = table[USER_ID].combine_chunks().dictionary_encode()
         user = codes.indices.to_numpy()
         is_event = table[_LABEL].is_valid().to_numpy()
         events, rows = table.filter(pa.array(is_event)), table.filter(pa.array(~is_event))
-        w = ridge(
-            user[is_event],
-            inputs.place(events[INPUT_ID]),
-            events[_LABEL].to_numpy(),
-            events[_WEIGHT].to_numpy(),
-            inputs.z,
-            len(codes.dictionary),
-            strengths,
-            loss,
-            loss.link(mean),
-        )
+        label, weight = events[_LABEL].to_numpy(), events[_WEIGHT].to_numpy()
+        of_events, n_users = inputs.place(events[INPUT_ID]), len(codes.dictionary)
+        if loss.is_quadratic:
+            w = ridge(user[is_event], of_events, label - mean, weight, inputs.z, n_users, strengths)
+        else:
+            w = glm.fit(user[is_event], of_events, label, weight, inputs.z, n_users, strengths, loss, loss.link(mean))
         place, predictions = inputs.place(rows[INPUT_ID]), np.empty((len(rows), len(strengths)))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
@@ -257,14 +263,15 @@ def choose_als(part: DataFrame, validation: DataFrame, mean: float, settings: Ev
     grid = list(itertools.product(settings.als_ranks, settings.als_regularization))
     ids = _number_ids(part)
     train = ids.transform(part).persist()
-    rows = with_input_mean(part, ids.transform(validation), mean).persist()
+    rows = with_input_mean(part, ids.transform(validation), mean, LOSSES[model.loss]).persist()
     try:
         blocks = part.sparkSession.sparkContext.defaultParallelism
         best, least = _als(*grid[0], blocks, settings), np.inf
         for rank, regularization in tqdm(grid, "ALS grid", unit="setting", disable=None):
             als = _als(rank, regularization, blocks, settings)
             predicted = _with_factors(als.fit(train), rows)
-            of_rows = cost(model.loss, clipped(F.col(ALS_BEST), model), F.col(LABEL))
+            prediction = mean_label(F.col(ALS_BEST), mean, LOSSES[model.loss])
+            of_rows = cost(model.loss, clipped(prediction, model), F.col(LABEL))
             error = predicted.agg(F.sum(of_rows)).collect()[0][0]
             log.info("evaluate: ALS, rank %d, regularization %g: cost %s", rank, regularization, error)
             if error is not None and error < least:
@@ -282,6 +289,13 @@ def with_als(als: ALS, train: DataFrame, rows: DataFrame) -> DataFrame:
     """
     ids = _number_ids(train)
     return _with_factors(als.fit(ids.transform(train)), ids.transform(rows)).drop(_USER, _INPUT)
+
+
+def mean_label(score: Column, mean: float, loss: Loss) -> Column:
+    """Scores of least squares as mean labels that another loss can measure."""
+    if loss.name == "logistic":
+        return F.greatest(F.least(score, F.lit(1 - _ALS_MARGIN)), F.lit(_ALS_MARGIN))
+    return score if loss.is_quadratic else F.greatest(score, F.lit(_ALS_LEAST * mean))
 
 
 def _als(rank: int, regularization: float, blocks: int, settings: EvaluateSettings) -> ALS:

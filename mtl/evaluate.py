@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 from mtl import baselines, schema
 from mtl.config import Settings
 from mtl.errors import InputError
+from mtl.losses import LOSSES
 from mtl.metrics import measures, ranking, sums
 from mtl.models import Model, load_model
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
@@ -49,9 +50,9 @@ def evaluate(
 
     Returns:
         model_version; n; the measures of the model's loss (:mod:`mtl.metrics`): rmse and mae in label units, or log_loss
-        (nats), brier, mae, auc and ece (calibration), or deviance, rmse and mae; for squared loss coverage90, the share of
-        labels inside the 90% interval; by_user_events, the same by the user's number of events in the model; baselines;
-        seconds.
+        (nats), brier, accuracy, mae, auc and ece (calibration), or deviance, rmse and mae; for squared loss coverage90, the
+        share of labels inside the 90% interval; by_user_events, the same (but auc and ece) by the user's number of events in
+        the model; baselines; seconds.
 
     Raises:
         InputError: the file cannot be read as asked, is empty, or has a row that ingest would refuse.
@@ -67,7 +68,7 @@ def evaluate(
         names: tuple[str, ...] = ()
         chosen: dict[str, dict[str, Any]] = {}
         if with_baselines:
-            names = baselines.NAMES
+            names = baselines.names(LOSSES[model.loss])
             scored, chosen = baselines.with_baselines(tables, model, settings.evaluate, train, scored)
         users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).select(USER_ID, N_EVENTS)
         scored = scored.join(users, USER_ID, "left").persist()

@@ -48,8 +48,8 @@ class Loss(Protocol):
     def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         """What the prediction of each event costs when its label is seen, up to a constant of the labels, (n,)."""
 
-    def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
-        """(mean, variance) of h to begin from, before anything is learnt."""
+    def start(self, weight: Array, label: Array, mean_label: float | Array) -> tuple[Array, Array]:
+        """(mean, variance) of h to begin from, where no more is known than a mean label, of all events or of each."""
 
 
 class Squared:
@@ -79,8 +79,8 @@ class Squared:
     def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         return weight * mean**2 / 2 - label * mean
 
-    def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
-        return np.full(len(weight), mean_label), np.zeros(len(weight))
+    def start(self, weight: Array, label: Array, mean_label: float | Array) -> tuple[Array, Array]:
+        return np.zeros(len(weight)) + mean_label, np.zeros(len(weight))
 
 
 class Logistic:
@@ -117,8 +117,8 @@ class Logistic:
         h = mean / np.sqrt(1 + np.pi / 8 * variance)
         return weight * np.logaddexp(0, h) - label * h
 
-    def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
-        return np.full(len(weight), self.link(mean_label)), np.ones(len(weight))
+    def start(self, weight: Array, label: Array, mean_label: float | Array) -> tuple[Array, Array]:
+        return np.zeros(len(weight)) + logit(mean_label), np.ones(len(weight))
 
 
 class Poisson:
@@ -151,7 +151,7 @@ class Poisson:
     def surprise(self, mean: Array, variance: Array, weight: Array, label: Array) -> Array:
         return weight * self.response(mean, variance) - label * (mean + variance / 2)
 
-    def start(self, weight: Array, label: Array, mean_label: float) -> tuple[Array, Array]:
+    def start(self, weight: Array, label: Array, mean_label: float | Array) -> tuple[Array, Array]:
         """Half-way from the label to the mean, as generalized linear models are started (McCullagh & Nelder 1989)."""
         return np.log((label / np.maximum(weight, 1e-300) + mean_label) / 2), np.zeros(len(weight))
 

@@ -45,12 +45,17 @@ def _absolute(prediction: Column, label: Column) -> Column:
     return F.abs(label - prediction)
 
 
+def _correct(prediction: Column, label: Column) -> Column:
+    return ((prediction >= 0.5) == (label > 0)).cast("double")
+
+
 # By loss and measure: the cost of one row, and what is made of the mean over rows.
 _MEASURES: dict[str, dict[str, tuple[Callable[[Column, Column], Column], Callable[[float], float]]]] = {
     "squared": {"rmse": (_squared, math.sqrt), "mae": (_absolute, float)},
     "logistic": {
         "log_loss": (lambda p, y: cost("logistic", p, y), float),
         "brier": (_squared, float),
+        "accuracy": (_correct, float),
         "mae": (_absolute, float),
     },
     "poisson": {

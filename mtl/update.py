@@ -11,7 +11,8 @@ fixed by step 1 and the batch itself: its events less those tagged N. The finger
 repeat, for a damaged checkpoint can plan another batch under an old number, which Delta's own guard would silently skip.
 
 When a waiting event's input arrives it is applied in a *release*: tagged in `waiting`, then MERGE, then the ledger,
-under an application id of its own, between two batches.
+under an application id of its own, between two batches. Batches and releases are applied one at a time, in the order of their
+ledger rows, for with other losses than squared the order matters a little.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Updater:
         self.lock = threading.Lock()
         self.inputs = self._load_inputs()
         self.inputs_version: int | None = None  # the commit of inputs at the last release
+        self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
 
     @property
     def application(self) -> str:
@@ -97,6 +99,7 @@ class Updater:
                 raise
             finally:
                 batch.unpersist()
+            self.interrupted = False
             self.tally.batches += 1
             self.tally.events += applied + waited
             self.tally.applied += applied
@@ -137,9 +140,7 @@ class Updater:
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were."""
         with self.lock:
-            last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
-            if last is not None and not self._ledger_row(self.release_application, last):
-                self._finish_release(last)
+            last = self._resume_release()
             inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
             unknown = self._know(inputs)
             if len(unknown) == len(inputs):
@@ -158,9 +159,24 @@ class Updater:
     def release_if_inputs_came(self) -> None:
         """:meth:`release` when the inputs table has a commit that was not looked at yet."""
         version = self.tables.version(schema.INPUTS)
-        if version != self.inputs_version:
+        if version != self.inputs_version and not self.interrupted:
             self.release()
             self.inputs_version = version
+
+    def resume(self) -> None:
+        """What died in a former run comes before anything new: the ledger's order is the order of application."""
+        with self.lock:
+            self._resume_release()
+        rows = self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == self.application)
+        last = rows.agg(F.max(schema.BATCH_ID)).collect()[0][0]
+        self.interrupted = last is not None and not os.path.exists(f"{self.checkpoint}/commits/{last}")
+
+    def _resume_release(self) -> int | None:
+        """Finish a release that was tagged and not recorded; the number of the last one there was."""
+        last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
+        if last is not None and not self._ledger_row(self.release_application, last):
+            self._finish_release(last)
+        return last
 
     def _finish_release(self, number: int) -> int:
         """MERGE, then the ledger row by which a release is known to be complete."""
@@ -273,6 +289,8 @@ def update(
     partitions = settings.update.partitions or tables.spark.sparkContext.defaultParallelism
     updater = Updater(tables, model, checkpoint, partitions)
     _check(updater)
+    if not _is_new(checkpoint):
+        updater.resume()
     stop = stop or threading.Event()
     if _await_events(updater, settings, available_now, stop):
         _run(updater, settings, available_now, stop)

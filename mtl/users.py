@@ -112,13 +112,16 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     for now in np.unique(turn):
         chosen = turn == now
         mine, label, weight = row[is_event][chosen], events[LABEL].to_numpy()[chosen], events[WEIGHT].to_numpy()[chosen]
-        weights, labels = blocks.csr(mine, place[chosen], label, weight, len(users), len(inputs.ids))
-        for first in range(0, len(users), blocks.USERS_AT_ONCE):
+        members = np.flatnonzero(np.bincount(mine, minlength=len(users)))
+        mine = np.searchsorted(members, mine) if len(members) < len(users) else mine
+        weights, labels = blocks.csr(mine, place[chosen], label, weight, len(members), len(inputs.ids))
+        for first in range(0, len(members), blocks.USERS_AT_ONCE):
             part = slice(first, first + blocks.USERS_AT_ONCE)
-            posteriors = partial(model.user_posteriors, prior_mean=prior_mean[part])
-            before = None if now == TRAINING else (a[part], b[part])
-            a[part], b[part], known = settle(weights[part], labels[part], inputs.features, posteriors, loss, before)
-            w[part] = known.mean
+            of = members[part] if len(members) < len(users) else part
+            posteriors = partial(model.user_posteriors, prior_mean=prior_mean[of])
+            before = None if now == TRAINING else (a[of], b[of])
+            a[of], b[of], known = settle(weights[part], labels[part], inputs.features, posteriors, loss, before)
+            w[of] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
     columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events)]
     touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)

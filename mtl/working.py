@@ -18,6 +18,9 @@ _ENTRIES_AT_ONCE = 16_384  # whose packed moments are gathered at once
 SETTLING_PASSES = 30
 ADDING_PASSES = 3  # for the events of one micro-batch
 
+# Newton's working values hold near the belief they are about, which moves no further than this in one pass (nats).
+_NEWTON_STEP = (-2.0, 1.0)
+
 
 def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tuple[Array, Array]:
     """Mean and variance of h = o + w_u·φ(x) for every stored entry of ``pattern``, (entries,) each.
@@ -81,12 +84,20 @@ def settle(
         b += start[1]
         return a, b, posteriors(a, b)
     users = posteriors(*start)
-    for _ in range(ADDING_PASSES if before else SETTLING_PASSES):
-        precision, information = loss.working(*beliefs(weights, users, features), weights.data, labels.data)
+    mean, variance = beliefs(weights, users, features)
+    if not loss.is_bounded:
+        mean, variance = loss.start(weights.data, labels.data, loss.response(mean, np.zeros_like(mean)))
+    for remaining in reversed(range(ADDING_PASSES if before else SETTLING_PASSES)):
+        precision, information = loss.working(mean, variance, weights.data, labels.data)
         a, b = alternation.user_sums(like(weights, precision), like(weights, information), features)
         a += start[0]
         b += start[1]
         users = posteriors(a, b)
+        if remaining:
+            reached, spread = beliefs(weights, users, features)
+            if not loss.is_bounded:
+                reached, spread = mean + np.clip(reached - mean, *_NEWTON_STEP), (variance + spread) / 2
+            mean, variance = reached, spread
     return a, b, users
 
 

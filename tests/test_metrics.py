@@ -58,7 +58,7 @@ _STATES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_replay_in_turns_is_what_the_batches_gave_one_after_the_other(loss: str) -> None:
-    turn = np.repeat([1, 2, 3], 20)
+    turn = np.repeat([1, 2, 3], [30, 1, 29])  # the second has one user only
     model, shared, whole = model_of(loss), inputs(), events(60, turn)
     mean = model.prior_mean_of_unknown
     states = None

@@ -17,32 +17,82 @@ from mtl import alternation, gaussian
 from mtl.errors import OracleError
 from mtl.gaussian import Array, Posterior
 from mtl.prior import Moments
+from mtl.regressors import Linear, Oracle, Regressor, combine
 
-_ROUNDING = 1e-9  # a refit that is no better than rounding makes it is not worse
+__all__ = ["Boosting", "FitAll", "Oracle", "OracleBasis", "Refitting", "Regressor", "fit_one", "integrated_weights"]
+
+_ROUNDING = 1e-9  # of the weighted error: a gain by less is none
+_TOLD = 1e-12  # of the largest weight: less is no evidence
 
 log = logging.getLogger("mtl")
 
-
-class Regressor(Protocol):
-    def predict(self, attributes: Array) -> Array:
-        """(n, p) → (n,)."""
+FitAll = Callable[[Oracle, Array, Array, Array], "list[tuple[Regressor, Array]]"]
+"""(oracle, attributes (n, p), target (n, d), weight (n, d)) → what :func:`fit_one` gives for each of the d columns."""
 
 
-Oracle = Callable[[Array, Array, Array], Regressor]
-"""fit(attributes (n, p), target (n,), weight (n,)) → Regressor: all that an oracle ever is given."""
+class Strategy(Protocol):
+    """What an oracle is asked for, and what is done with its answer; f is the function so far, r = gradient/weight."""
+
+    def target(self, current: Array, newton: Array) -> Array:
+        """f(z) and r, (n,) both → what is to be fitted."""
+
+    def direction(self, current: Array, fitted: Array) -> Array:
+        """f(z) and the oracle's predictions → where f is to move."""
+
+    def moved(self, function: Regressor, fitted: Regressor, step: float) -> Regressor:
+        """f after ``step`` of that direction."""
+
+
+@dataclass(frozen=True)
+class Refitting:
+    """f ← the oracle's fit to f + r, the minimizer given the other functions."""
+
+    def target(self, current: Array, newton: Array) -> Array:
+        return current + newton
+
+    def direction(self, current: Array, fitted: Array) -> Array:
+        return fitted - current
+
+    def moved(self, function: Regressor, fitted: Regressor, step: float) -> Regressor:
+        return fitted if step == 1.0 else combine([(1 - step, function), (step, fitted)])
+
+
+@dataclass(frozen=True)
+class Boosting:
+    """f ← f + ν·(the oracle's fit to r): a round of boosting per refit. Functions grow by one stage each time."""
+
+    shrinkage: float  # ν
+
+    def target(self, current: Array, newton: Array) -> Array:
+        return newton
+
+    def direction(self, current: Array, fitted: Array) -> Array:
+        return self.shrinkage * fitted
+
+    def moved(self, function: Regressor, fitted: Regressor, step: float) -> Regressor:
+        return combine([(1.0, function), (step * self.shrinkage, fitted)])
 
 
 @dataclass(frozen=True)
 class OracleBasis:
     """c_x ~ N(g(z_x), S) with g_0 … g_k fitted by an oracle, or c_x = g(z_x) exactly where there is no residual.
 
-    A refit visits the functions in turn. With the residuals integrated out, the events say of function i at input x
+    With the residuals integrated out, the events say of g, up to a constant, and of function i at input x
 
-        weight_i(x) = W_x[i,i]      target_i(x) = g_i(x) + (v_x − W_x g(x))_i / W_x[i,i]
+        Q(g) = Σ_x ½ g(x)ᵀ W_x g(x) − v_xᵀ g(x)
+        weight_i(x) = W_x[i,i]      gradient_i(x) = (v_x − W_x g(x))_i      target_i(x) = g_i(x) + gradient_i/weight_i
         W_x = (I + A_x S/σ²)⁻¹ A_x/σ²      v_x = (I + A_x S/σ²)⁻¹ b_x/σ²
 
     With S = 0 (no residual) this is the paper's weighted dataset, A_x[i,i]/σ² and (b_x[i] − Σ_l A_x[i,l] f_l)/A_x[i,i].
-    A fit that would raise the objective is refused and counted, for an oracle is not always exact.
+
+    A refit visits the functions in turn, each given the others as they are then (Gauss-Seidel). With ``fit_all`` all are
+    fitted at once, given the others as they were (Jacobi), and accepted in turn. An oracle is not always exact, and Jacobi's
+    targets are stale, so a function moves by s ∈ (0, 1] of the proposed direction δ, where the best s is that of Q,
+
+        s* = Σ_x gradient_i δ / Σ_x weight_i δ²
+
+    s = 1 where that gains at least half of what s* does. Steps with s < 1 are counted as damped. Where no step gains, the
+    fit is refused and counted. So Q never rises.
     """
 
     oracle: Oracle
@@ -50,11 +100,23 @@ class OracleBasis:
     residual: bool
     functions: tuple[Regressor, ...] = ()
     refused: int = 0
+    damped: int = 0
+    strategy: Strategy = field(default=Refitting(), repr=False)
+    fit_all: FitAll | None = field(default=None, repr=False)
     _known: tuple[Array, Array] | None = field(default=None, repr=False, compare=False)  # attributes, their g
 
     @classmethod
-    def start(cls, oracle: Oracle, d: int, variance: float, residual: bool) -> OracleBasis:
-        return cls(oracle, variance * np.eye(d) if residual else np.zeros((d, d)), residual)
+    def start(
+        cls,
+        oracle: Oracle,
+        d: int,
+        variance: float,
+        residual: bool,
+        strategy: Strategy | None = None,
+        fit_all: FitAll | None = None,
+    ) -> OracleBasis:
+        covariance = variance * np.eye(d) if residual else np.zeros((d, d))
+        return cls(oracle, covariance, residual, strategy=strategy or Refitting(), fit_all=fit_all)
 
     def mean(self, attributes: Array) -> Array:
         """g of attributes (n, p): (n, d); 0 before the first fit."""
@@ -65,7 +127,7 @@ class OracleBasis:
         return np.column_stack([_predict(f, attributes, i) for i, f in enumerate(self.functions)])
 
     def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> OracleBasis:
-        """Every basis function once, each on its weighted dataset given the others.
+        """Every basis function once, each on its weighted dataset.
 
         Args:
             precision, information: of :func:`mtl.alternation.input_evidence`.
@@ -76,38 +138,41 @@ class OracleBasis:
         """
         d = len(self.covariance)
         W, v = integrated_weights(precision, information, self.covariance, noise)
-        g, functions, refused = self.mean(attributes).copy(), list(self.functions), self.refused
+        g = self.mean(attributes).copy()
+        functions = list(self.functions or d * [Linear(np.zeros(attributes.shape[1]))])
+        refused, damped = self.refused, self.damped
+        weight = _weights(W)
+
+        def gradient(i: int) -> Array:
+            return v[:, i] - np.einsum("nj,nj->n", W[:, i], g)
+
+        def target(i: int) -> Array:
+            told = weight[:, i] > 0
+            newton = np.divide(gradient(i), weight[:, i], out=np.zeros(len(g)), where=told)
+            return self.strategy.target(g[:, i], newton)
+
+        together = self.fit_all is not None and d > 1
+        if together:
+            assert self.fit_all is not None
+            proposals = self.fit_all(self.oracle, attributes, np.column_stack([target(i) for i in range(d)]), weight)
         for i in range(d):
-            weight = W[:, i, i]
-            told = weight > 1e-12 * weight.max(initial=0.0)
-            if not told.any():
-                raise OracleError(f"no event says anything of basis function {i}: are all labels equal?")
-            gradient = v - np.einsum("nij,nj->ni", W, g)
-            target = g[told, i] + gradient[told, i] / weight[told]
-            try:
-                candidate = self.oracle(attributes[told], target, weight[told])
-            except OracleError:
-                raise
-            except Exception as error:
-                raise OracleError(
-                    f"the oracle failed on basis function {i} ({type(error).__name__}: {error})"
-                ) from error
-            fitted = _predict(candidate, attributes, i)
-            before, after = (float(weight[told] @ (target - values[told]) ** 2) for values in (g[:, i], fitted))
-            if len(functions) > i and after > before * (1 + _ROUNDING):
-                refused += 1
-                continue
-            g[:, i] = fitted
-            functions[i : i + 1] = [candidate]
-        return replace(self, functions=tuple(functions), refused=refused, _known=(attributes, g))
+            fitted, values = proposals[i] if together else fit_one(self.oracle, attributes, target(i), weight[:, i], i)
+            direction = self.strategy.direction(g[:, i], values)
+            step = _step(weight[:, i], gradient(i), direction)
+            refused += step == 0
+            damped += 0 < step < 1
+            if step:
+                g[:, i] += step * direction
+                functions[i] = self.strategy.moved(functions[i], fitted, step)
+        return replace(self, functions=tuple(functions), refused=refused, damped=damped, _known=(attributes, g))
 
     def __getstate__(self) -> dict:
         """Without the oracle and the training inputs: what is stored of a model only predicts."""
-        return {**self.__dict__, "oracle": None, "_known": None}
+        return {**self.__dict__, "oracle": None, "fit_all": None, "_known": None}
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"refused_oracle_steps": self.refused}
+        return {"damped_oracle_steps": self.damped, "refused_oracle_steps": self.refused}
 
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
         return self.conditional(precision, information, self.mean(attributes), noise)
@@ -138,6 +203,45 @@ def integrated_weights(precision: Array, information: Array, covariance: Array, 
     A, b = gaussian.unpack(precision, d) / noise, information / noise
     spread = np.eye(d) + A @ covariance
     return np.linalg.solve(spread, A), np.linalg.solve(spread, b[..., None])[..., 0]
+
+
+def fit_one(oracle: Oracle, attributes: Array, target: Array, weight: Array, i: int) -> tuple[Regressor, Array]:
+    """Basis function i fitted to the rows of positive weight, and its predictions for all, (n,).
+
+    Raises:
+        OracleError: the oracle raised, or its predictions are not n finite numbers.
+    """
+    told = weight > 0
+    try:
+        function = oracle(attributes[told], target[told], weight[told])
+    except OracleError:
+        raise
+    except Exception as error:
+        raise OracleError(f"the oracle failed on basis function {i} ({type(error).__name__}: {error})") from error
+    return function, _predict(function, attributes, i)
+
+
+def _weights(W: Array) -> Array:
+    """W_x[i,i] (n, d), with 0 for what says nothing."""
+    weight = np.einsum("nii->ni", W).copy()
+    weight[weight <= _TOLD * weight.max(axis=0, initial=0.0)] = 0.0
+    for i, told in enumerate(weight.any(axis=0)):
+        if not told:
+            raise OracleError(f"no event says anything of basis function {i}: are all labels equal?")
+    return weight
+
+
+def _step(weight: Array, gradient: Array, direction: Array) -> float:
+    """How far to go, in (0, 1], from the exact line search on Q; 0 where no step gains."""
+    told = weight > 0
+    weight, gradient, direction = weight[told], gradient[told], direction[told]
+    slope, curvature = float(gradient @ direction), float(weight @ direction**2)
+    rounding = _ROUNDING * float(gradient @ (gradient / weight))  # of Σ weight (target − g)²
+    whole = 2 * slope - curvature  # what that sum loses by the whole step
+    best = slope**2 / curvature if slope > 0 and curvature > 0 else 0.0
+    if whole >= -rounding and whole >= best / 2 - rounding:
+        return 1.0
+    return min(1.0, slope / curvature) if best > rounding else 0.0
 
 
 def _predict(function: Regressor, attributes: Array, i: int) -> Array:

@@ -58,6 +58,7 @@ class ModelSettings(_Section):
 
 
 class TrainSettings(_Section):
+    algorithm: Literal["oracle", "boosted"]
     iterations: AutoOrCount
     max_iterations: int = Field(ge=1)
     tolerance: float = Field(gt=0)
@@ -74,9 +75,11 @@ class TrainSettings(_Section):
 
 
 class OracleSettings(_Section):
-    kind: Literal["identity", "linear", "sklearn", "spark"]
+    kind: Literal["identity", "linear", "sklearn", "xgboost", "lightgbm", "spark"]
     factory: str
     params: dict[str, Any]
+    parallel: Literal["auto"] | bool
+    shrinkage: float = Field(gt=0, le=1)
     residual: Literal["auto"] | bool
     pipeline: str
 

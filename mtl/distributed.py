@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
-from mtl.basis import OracleBasis, integrated_weights
+from mtl.basis import OracleBasis, Refitting, integrated_weights
 from mtl.blocks import EventBlock
 from mtl.engine import FeatureWork, Specification, UserStep, UserWork
 from mtl.errors import ConfigError
@@ -84,6 +84,8 @@ class DistributedEngine:
             return prior
         if basis.oracle is not fit_ridge:
             raise ConfigError('a black-box oracle is fitted on the driver: set train.reduction = "driver"')
+        if basis.strategy != Refitting():
+            raise ConfigError('train.algorithm boosted works with train.reduction = "driver" only')
         shared = self._broadcast((prior, basis.covariance, noise, self.specification.mu))
         rows = self.state.mapInArrow(_each_shard(_equations, shared), _STATE).select("reply").collect()
         equations = [cloudpickle.loads(row[0]) for row in rows]

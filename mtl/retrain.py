@@ -33,7 +33,7 @@ from mtl.gaussian import Posterior
 from mtl.implicit import Implicit, Unknown
 from mtl.losses import LOSSES, Loss
 from mtl.models import Artefact, Model
-from mtl.oracle import make_oracle
+from mtl.oracle import make_fit_all, make_oracle, make_strategy
 from mtl.oracle.imports import load_object
 from mtl.partitions import changed, each_block, encode_users, partition_events
 from mtl.pipeline import PipelineEncoder
@@ -343,13 +343,14 @@ def _fit(
 ) -> Fit:
     form, lock = specification.form, settings.train.lock
     d_users, d_inputs = len(form.users.learnt), len(form.inputs.learnt)
-    oracle = make_oracle(settings.oracle)
+    oracle, fit_all = make_oracle(settings.oracle), make_fit_all(settings.oracle, engine.rows.sparkSession)
+    strategy = make_strategy(settings.train.algorithm, settings.oracle)
     users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
     inputs: VectorPrior
     if oracle:
         repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
         residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
-        inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual)
+        inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual, strategy, fit_all)
     else:
         inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
     if live and specification.known:

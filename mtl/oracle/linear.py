@@ -9,16 +9,7 @@ import numpy as np
 
 from mtl.gaussian import Array
 from mtl.prior import COEFFICIENT_PRECISION
-
-
-@dataclass(frozen=True)
-class Linear:
-    """z ↦ z·β."""
-
-    coefficients: Array  # (p,)
-
-    def predict(self, attributes: Array) -> Array:
-        return attributes @ self.coefficients
+from mtl.regressors import Linear
 
 
 def fit_ridge(attributes: Array, target: Array, weight: Array) -> Linear:

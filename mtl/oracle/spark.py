@@ -1,4 +1,7 @@
-"""Any pyspark.ml regressor with a weightCol as an oracle."""
+"""Any pyspark.ml regressor with a weightCol as an oracle.
+
+Fitted linear and tree models become functions in NumPy: evaluating a basis function then needs no Spark.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pyspark.ml import regression
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.util import DefaultParamsReader
 from pyspark.sql import DataFrame, SparkSession
@@ -18,6 +22,8 @@ from pyspark.sql import DataFrame, SparkSession
 from mtl.basis import Oracle
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
+from mtl.oracle.trees import parse_trees
+from mtl.regressors import Linear, Regressor
 
 _ROW, _FEATURES, _TARGET, _WEIGHT, _PREDICTION = "row", "features", "target", "weight", "prediction"
 
@@ -60,6 +66,10 @@ def model_of(files: bytes) -> Any:
 def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
     """An oracle that fits the estimator ``factory(**params)`` with weights scaled to mean 1.
 
+    Args:
+        factory: a class of estimators, or a function that returns one (a Pipeline, say); it is given featuresCol, labelCol,
+            predictionCol and weightCol too.
+
     Raises:
         ConfigError: the estimator refuses the parameters or has no weightCol.
     """
@@ -70,14 +80,34 @@ def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
     except TypeError as error:
         raise ConfigError(f"oracle.params do not fit {factory.__name__} (it needs a weightCol too): {error}") from None
 
-    def fit(attributes: Array, target: Array, weight: Array) -> SparkRegressor:
+    def fit(attributes: Array, target: Array, weight: Array) -> Regressor:
         rows = _frame(active_session(), attributes, **{_TARGET: target, _WEIGHT: weight / weight.mean()}).persist()
         try:
-            return SparkRegressor(estimator.fit(rows))
+            model = estimator.fit(rows)
         finally:
             rows.unpersist()
+        return in_numpy(model) or SparkRegressor(model)
 
     return fit
+
+
+def in_numpy(model: Any) -> Regressor | None:
+    """The function of a fitted linear or tree model without Spark; None for any other, and for splits on categories."""
+    if isinstance(model, regression.LinearRegressionModel) or (
+        isinstance(model, regression.GeneralizedLinearRegressionModel) and _is_identity_linked(model)
+    ):
+        return Linear(model.coefficients.toArray(), model.intercept)
+    if isinstance(model, regression.DecisionTreeRegressionModel | regression.GBTRegressionModel):
+        return parse_trees(model.toDebugString)
+    if isinstance(model, regression.RandomForestRegressionModel):
+        return parse_trees(model.toDebugString, 1 / model.getNumTrees)
+    return None
+
+
+def _is_identity_linked(model: regression.GeneralizedLinearRegressionModel) -> bool:
+    if model.isSet("link"):
+        return model.getLink() == "identity"
+    return model.getFamily() == "gaussian"  # of the others another link is the canonical one
 
 
 def _frame(spark: SparkSession, attributes: Array, **columns: Array) -> DataFrame:

@@ -47,6 +47,14 @@ UserWork = Callable[[EventBlock, Features, Any], Iterator[pa.Table]]
 
 
 @dataclass(frozen=True)
+class Known:
+    """Inputs that training begins from instead of at random."""
+
+    places: np.ndarray  # catalogue indices, sorted, (m,)
+    vectors: Posterior  # (m, d)
+
+
+@dataclass(frozen=True)
 class Specification:
     """What is trained, beside the users' events."""
 
@@ -57,9 +65,13 @@ class Specification:
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     activity: Activity | None = None  # of the users, where it is one of their attributes
+    known: Known | None = None
 
     def start(self, first: int, n: int) -> Posterior:
-        """The inputs ``first`` … ``first + n`` before anything is learnt: offset 0 and random factors, whoever holds them."""
+        """The inputs ``first`` … ``first + n`` before anything is learnt, whoever holds them.
+
+        Offset 0 and random factors, but for those that are known from an earlier version.
+        """
         chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
         shape = (_START_CHUNK, self.form.k)
         drawn = [np.random.default_rng([self.seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
@@ -69,7 +81,12 @@ class Specification:
         mean[:, 1 : 1 + self.form.k] = np.concatenate(drawn)[skip : skip + n]
         covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
         learnt = Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
-        return given.whole(learnt, given.of(self.attributes[first : first + n]))
+        start = given.whole(learnt, given.of(self.attributes[first : first + n]))
+        if self.known is not None:
+            within = slice(*np.searchsorted(self.known.places, [first, first + n]))
+            for values, known in zip(start, self.known.vectors, strict=True):
+                values[self.known.places[within] - first] = known[within]
+        return start
 
 
 class Engine(Protocol):
@@ -84,6 +101,9 @@ class Engine(Protocol):
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         """The inputs' prior with its oracle fitted to what the users' posteriors say."""
+
+    inputs: Posterior
+    """The inputs' posteriors, (inputs, d)."""
 
     held_out: float
     """Summed surprise of the events held out, after the last users' half-step."""

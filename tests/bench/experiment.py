@@ -143,8 +143,10 @@ def summary(values: Sequence[float], tested: float = 0.0) -> dict[str, Any]:
             ``interval_corrected`` allows for it (Nadeau & Bengio 2003), ``interval`` is Student's.
     """
     a = np.asarray(values, float)
-    mean, sd, n = float(a.mean()), float(a.std(ddof=1)) if len(a) > 1 else float("nan"), len(a)
-    quantile = float(student.ppf(0.975, max(n - 1, 1)))
+    mean, n = float(a.mean()), len(a)
+    if n == 1:
+        return {"mean": round(mean, 4)}
+    sd, quantile = float(a.std(ddof=1)), float(student.ppf(0.975, n - 1))
 
     def interval(inflation: float) -> list[float]:
         return [round(mean + side * quantile * sd * inflation**0.5, 4) for side in (-1, 1)]

@@ -94,9 +94,8 @@ def regression(z: Array, train: pd.DataFrame, z_test: Array, test: pd.DataFrame,
     """h of the test rows by logistic regression, a field each or one for all, of the strength best in cross-validation."""
     y = train[LABEL].to_numpy()
     field, field_test = (rows[USER_ID].to_numpy() if by_field else np.zeros(len(rows)) for rows in (train, test))
-    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(
-        z, [f"{f}{label}" for f, label in zip(field, y, strict=True)]
-    )
+    strata = [f"{f} {label}" for f, label in zip(field, y, strict=True)]
+    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(z, strata)
     scores = np.zeros(len(STRENGTHS))
     for fitting, validating in parts:
         for i, strength in enumerate(STRENGTHS):

@@ -59,36 +59,38 @@ def top(queries: Array, candidates: Array, n: int) -> tuple[np.ndarray, Array]:
         Rows of candidates and inner products, (q, min(n, c)) each.
     """
     n = min(n, len(candidates))
+    tiles = max(1, -(-len(candidates) // _CANDIDATES_AT_ONCE))
+    step = max(1, -(-len(candidates) // tiles))  # tiles of equal size
     rows, scores = np.empty((len(queries), n), np.int64), np.empty((len(queries), n))
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(first, first + _QUERIES_AT_ONCE)
         columns = np.ascontiguousarray(queries[part].T)
         best: np.ndarray = np.empty((columns.shape[1], 0), np.int64)
         values: Array = np.empty(best.shape)
-        for start in range(0, len(candidates), _CANDIDATES_AT_ONCE):
-            tile = candidates[start : start + _CANDIDATES_AT_ONCE] @ columns
-            found = _largest_of_tile(tile, n)
-            best = np.concatenate([best, start + found], axis=1)
-            values = np.concatenate([values, np.take_along_axis(tile, found.T, axis=0).T], axis=1)
+        for start in range(0, len(candidates), step):
+            found = _largest_of_tile(candidates[start : start + step] @ columns, n)
+            best = np.concatenate([best, start + found[0]], axis=1)
+            values = np.concatenate([values, found[1]], axis=1)
             best, values = _take(best, values, _largest(values, n))
         rows[part], scores[part] = _take(best, values, np.argsort(-values, axis=1, kind="stable"))
     return rows, scores
 
 
-def _largest_of_tile(tile: Array, n: int) -> np.ndarray:
-    """Rows of the n largest entries of each column of (c, w), (w, min(n, c))."""
+def _largest_of_tile(tile: Array, n: int) -> tuple[np.ndarray, Array]:
+    """Rows and values of the n largest entries of each column of (c, w), (w, min(n, c)) each."""
     c, w = tile.shape
     size = int((c / n) ** 0.5)
     if size < 2:
-        return _largest(tile.T, n)
+        rows = _largest(tile.T, n)
+        return rows, np.take_along_axis(tile.T, rows, axis=1)
     # Group j is rows j, j + m, j + 2m, …; what is left over after g·m rows is looked through in any case.
     m = c // size
     maxima = np.maximum.reduce(tile[: m * size].reshape(size, m, w), axis=0)
     groups = _largest(maxima.T, n)
     members = (groups[:, :, None] + m * np.arange(size)).reshape(w, -1)
     members = np.concatenate([members, np.broadcast_to(np.arange(m * size, c), (w, c - m * size))], axis=1)
-    chosen = _largest(np.take_along_axis(tile, members.T, axis=0).T, n)
-    return np.take_along_axis(members, chosen, axis=1)
+    values = tile.ravel().take(members * w + np.arange(w)[:, None])
+    return _take(members, values, _largest(values, n))
 
 
 def _largest(values: Array, n: int) -> np.ndarray:

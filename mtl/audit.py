@@ -17,14 +17,17 @@ from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
 from mtl.config import Settings
 from mtl.ingest import INGEST
+from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.models import Model, load_model, versions
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.update import QUERY
-from mtl.users import SharedInputs, updated_users
+from mtl.users import TRAINING, TURN, SharedInputs, updated_users
 
 log = logging.getLogger("mtl")
+
+MOST_TURNS = 64  # batches that a replay reads a version of the events for
 
 Check = dict[str, Any]
 
@@ -120,11 +123,25 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
     events = tables.read(schema.EVENTS, consumed).join(
         _waiting(tables, model).select(schema.EVENT_ID), schema.EVENT_ID, "left_anti"
     )
+    whole = events
+    if not LOSSES[model.loss].is_quadratic:
+        replayed = _in_turns(tables, model, events)
+        if replayed is None:
+            return {
+                "holds": True,
+                "reason": f"not replayed: more than {MOST_TURNS} batches, or one that ended in a commit",
+            }
+        events, whole = replayed, events.withColumn(TURN, F.lit(TRAINING))
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     rows = features_of(tables, model).toArrow()
     inputs = SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, model.d))
     partitions = tables.spark.sparkContext.defaultParallelism
-    scratch = updated_users(events, users.limit(0), users.select(USER_ID, schema.PRIOR_MEAN), model, inputs, partitions)
+
+    def from_nothing(events: DataFrame) -> DataFrame:
+        described = users.select(USER_ID, schema.PRIOR_MEAN)
+        return updated_users(events, users.limit(0), described, model, inputs, partitions)
+
+    scratch = from_nothing(events)
     both = users.where(F.col(schema.N_EVENTS) > 0).alias("stored").join(scratch.alias("scratch"), USER_ID, "full")
     differences = {
         name: _relative(F.col(f"stored.{name}"), F.col(f"scratch.{name}")) for name in (schema.A, schema.B, schema.W)
@@ -142,7 +159,48 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         **figures,
         "tolerance": tolerance,
         "events_version": consumed,
+        **({} if whole is events else _refit_gap(users, from_nothing(whole))),
     }
+
+
+def _in_turns(tables: Tables, model: Model, events: DataFrame) -> DataFrame | None:
+    """``events`` with the turn in which training (0), a batch or a release gave them to the users, as the ledger has it.
+
+    None where the ledger cannot tell: a batch that ended within a commit, or too many of them to read a version each.
+    """
+    turns = _ledger(tables, model).orderBy(schema.CREATED_AT).collect()
+    if len(turns) > MOST_TURNS:
+        return None
+    versions, released = {TRAINING: model.events_version}, {}
+    for turn, row in enumerate(turns, 1):
+        if row[schema.OFFSETS] is None:
+            released[row[schema.BATCH_ID]] = turn
+            continue
+        offset = json.loads(row[schema.OFFSETS])
+        if offset["index"] >= 0:
+            return None
+        versions[turn] = offset["reservoirVersion"] - 1
+    turn = F.lit(max(versions))
+    for earlier in sorted(versions, reverse=True)[1:]:
+        known = tables.read(schema.EVENTS, versions[earlier]).select(schema.EVENT_ID, F.lit(earlier).alias("earlier"))
+        events = events.join(known, schema.EVENT_ID, "left")
+        turn = F.coalesce("earlier", turn)
+        events = events.withColumn(TURN, turn).drop("earlier")
+        turn = F.col(TURN)
+    rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
+    waited = rows.select(schema.EVENT_ID, schema.RELEASED).where(F.col(schema.RELEASED).isNotNull())
+    place = F.create_map(*(F.lit(value) for pair in released.items() for value in pair)) if released else None
+    late = place[F.col(schema.RELEASED)] if place is not None else F.lit(None).cast("int")
+    late = waited.select(schema.EVENT_ID, late.alias("late"))
+    return events.withColumn(TURN, turn).join(late, schema.EVENT_ID, "left").withColumn(TURN, F.coalesce("late", TURN))
+
+
+def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:
+    """How far weights that learnt in turns are from those that all events at once give; no failure, a measure."""
+    both = users.alias("stored").join(refitted.alias("refitted"), USER_ID)
+    gap = _relative(F.col(f"stored.{schema.W}"), F.col(f"refitted.{schema.W}"))
+    largest, mean = both.agg(F.max(gap), F.mean(gap)).first()
+    return {"refit_gap": largest or 0.0, "mean_refit_gap": mean or 0.0}
 
 
 def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Check:
@@ -150,7 +208,9 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
     stored = features_of(tables, model).toArrow()
     ids = stored[INPUT_ID].combine_chunks()
     at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()
-    catalogue = read_catalogue(tables.read(schema.EVENTS, model.events_version), at_training[INPUT_ID])
+    catalogue = read_catalogue(
+        tables.read(schema.EVENTS, model.events_version), at_training[INPUT_ID], LOSSES[model.loss]
+    )
     artefact = model.artefact
     trained = artefact.inputs.mean(describe_inputs(catalogue, at_training, artefact.input_encoder, artefact.activity))
     later = pd.DataFrame({INPUT_ID: ids.filter(pa.array(index_of(ids, catalogue.ids) < 0)).to_pandas()})

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,15 @@ from mtl import blocks, gaussian, schema
 from mtl.arrow import lists
 from mtl.config import EvaluateSettings
 from mtl.errors import StateError
+from mtl.features import Features
 from mtl.gaussian import Array
+from mtl.losses import LOSSES, Loss
+from mtl.metrics import clipped, cost
 from mtl.models import Model
+from mtl.prior import Prior
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
-from mtl.score import clipped
 from mtl.tables import Tables
+from mtl.working import settle
 
 log = logging.getLogger("mtl")
 
@@ -108,7 +113,9 @@ def with_baselines(
     log.info("evaluate: ALS, rank %d, regularization %g", als.getRank(), als.getRegParam())
 
     rows = with_input_mean(train, rows.withColumn(GLOBAL_MEAN, F.lit(mean)), mean)
-    rows = with_independent(train, rows, inputs, mean, (strength,)).withColumn(INDEPENDENT, F.col(INDEPENDENT)[0])
+    rows = with_independent(train, rows, inputs, mean, (strength,), model.loss).withColumn(
+        INDEPENDENT, F.col(INDEPENDENT)[0]
+    )
     rows = with_als(als, train, rows)
     chosen = {
         INDEPENDENT: {"strength": strength},
@@ -137,47 +144,73 @@ def with_input_mean(train: DataFrame, rows: DataFrame, mean: float) -> DataFrame
 def choose_strength(
     part: DataFrame, validation: DataFrame, inputs: DescribedInputs, mean: float, model: Model
 ) -> float:
-    """The one of :data:`RIDGE_STRENGTHS` with the least squared error on ``validation``."""
-    predicted = with_independent(part, validation, inputs, mean, RIDGE_STRENGTHS)
-    errors = [F.sum((F.col(LABEL) - clipped(F.col(INDEPENDENT)[i], model)) ** 2) for i in range(len(RIDGE_STRENGTHS))]
-    sums = predicted.agg(*(error.alias(f"error{i}") for i, error in enumerate(errors))).collect()[0]
+    """The one of :data:`RIDGE_STRENGTHS` of the least cost on ``validation``."""
+    predicted = with_independent(part, validation, inputs, mean, RIDGE_STRENGTHS, model.loss)
+    costs = [
+        F.sum(cost(model.loss, clipped(F.col(INDEPENDENT)[i], model), F.col(LABEL)))
+        for i in range(len(RIDGE_STRENGTHS))
+    ]
+    sums = predicted.agg(*(of.alias(f"cost{i}") for i, of in enumerate(costs))).collect()[0]
     # Too few events to have a validation part: shrink as if each attribute had been seen ten times.
     return RIDGE_STRENGTHS[int(np.argmin(sums))] if sums[0] is not None else 10.0
 
 
 def with_independent(
-    train: DataFrame, rows: DataFrame, inputs: DescribedInputs, mean: float, strengths: Sequence[float]
+    train: DataFrame,
+    rows: DataFrame,
+    inputs: DescribedInputs,
+    mean: float,
+    strengths: Sequence[float],
+    loss: str = "squared",
 ) -> DataFrame:
     """``rows`` with the predictions, an array over ``strengths``, of one ridge regression a user on input attributes.
+
+    Under another loss than the squared one it is the generalized linear model of that loss.
 
     A user without training events has weights 0: the global mean.
     """
     events = train.select(USER_ID, INPUT_ID, F.col(LABEL).alias(_LABEL), F.col(WEIGHT).alias(_WEIGHT))
     together = rows.unionByName(events, allowMissingColumns=True)
     predicted = T.StructType([*rows.schema.fields, T.StructField(INDEPENDENT, T.ArrayType(T.DoubleType()))])
-    shared = rows.sparkSession.sparkContext.broadcast((inputs, mean, tuple(strengths)))
+    shared = rows.sparkSession.sparkContext.broadcast((inputs, mean, tuple(strengths), loss))
     return together.repartition(USER_ID).mapInArrow(_independent_in_arrow(shared), predicted)
 
 
 def ridge(
-    user: np.ndarray, place: np.ndarray, label: Array, weight: Array, z: Array, n_users: int, strengths: Sequence[float]
+    user: np.ndarray,
+    place: np.ndarray,
+    label: Array,
+    weight: Array,
+    z: Array,
+    n_users: int,
+    strengths: Sequence[float],
+    loss: Loss,
+    intercept: float,
 ) -> Array:
-    """(Σ c zzᵀ + λI)⁻¹ Σ c z y for every user and λ: (strengths, users, p).
+    """Weights of h = intercept + w·z for every user and ridge λ, (strengths, users, p): (Σ c zzᵀ + λI)⁻¹ Σ c z (y − intercept).
 
     Args:
         user, place: number of the user, and of the input among the rows of z, of each event, (n,).
         label, weight: y and c, (n,).
         z: (inputs, p).
+        loss: under another than the squared one, c and y are its working values.
     """
     weights, labels = blocks.csr(user, place, label, weight, n_users, len(z))
-    w = np.empty((len(strengths), n_users, z.shape[1]))
+    n, p = z.shape
+    offset = np.full(n, intercept)
+    w = np.empty((len(strengths), n_users, p))
     for first in range(0, n_users, _USERS_AT_ONCE):
         part = slice(first, first + _USERS_AT_ONCE)
         seen = np.unique(weights[part].indices)
-        gram = weights[part][:, seen] @ gaussian.outer(z[seen])
-        information = labels[part][:, seen] @ z[seen]
+        of_seen = z[seen]
+        features = Features(
+            offset[seen], of_seen, gaussian.outer(of_seen), intercept * of_seen, offset_variance=np.zeros(len(seen))
+        )
         for i, strength in enumerate(strengths):
-            w[i, part] = gaussian.posterior(gram + gaussian.pack(strength * np.eye(z.shape[1])), information).mean
+            prior = Prior.start(np.eye(1), p, 1 / strength)
+            zero = np.zeros((len(range(n_users)[part]), p))
+            posteriors = partial(prior.conditional, mean=zero, noise=1.0)
+            w[i, part] = settle(weights[part][:, seen], labels[part][:, seen], features, posteriors, loss)[2].mean
     return w
 
 
@@ -186,7 +219,8 @@ def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], I
         filled = [batch for batch in batches if batch.num_rows]
         if not filled:
             return
-        inputs, mean, strengths = shared.value
+        inputs, mean, strengths, name = shared.value
+        loss = LOSSES[name]
         table = pa.Table.from_batches(filled)
         codes = table[USER_ID].combine_chunks().dictionary_encode()
         user = codes.indices.to_numpy()
@@ -195,17 +229,20 @@ def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], I
         w = ridge(
             user[is_event],
             inputs.place(events[INPUT_ID]),
-            events[_LABEL].to_numpy() - mean,
+            events[_LABEL].to_numpy(),
             events[_WEIGHT].to_numpy(),
             inputs.z,
             len(codes.dictionary),
             strengths,
+            loss,
+            loss.link(mean),
         )
         place, predictions = inputs.place(rows[INPUT_ID]), np.empty((len(rows), len(strengths)))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
             of_rows = w[:, user[~is_event][part]]
-            predictions[part] = mean + np.einsum("snp,np->ns", of_rows, inputs.z[place[part]])
+            h = loss.link(mean) + np.einsum("snp,np->ns", of_rows, inputs.z[place[part]])
+            predictions[part] = loss.response(h, np.zeros_like(h))
         rows = rows.drop_columns([_LABEL, _WEIGHT]).append_column(INDEPENDENT, lists(predictions))
         yield from rows.combine_chunks().to_batches()
 
@@ -216,7 +253,7 @@ def _independent_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], I
 
 
 def choose_als(part: DataFrame, validation: DataFrame, mean: float, settings: EvaluateSettings, model: Model) -> ALS:
-    """The one of the grid of ranks and regularization with the least squared error on ``validation``."""
+    """The one of the grid of ranks and regularization of the least cost on ``validation``."""
     grid = list(itertools.product(settings.als_ranks, settings.als_regularization))
     ids = _number_ids(part)
     train = ids.transform(part).persist()
@@ -227,8 +264,9 @@ def choose_als(part: DataFrame, validation: DataFrame, mean: float, settings: Ev
         for rank, regularization in tqdm(grid, "ALS grid", unit="setting", disable=None):
             als = _als(rank, regularization, blocks, settings)
             predicted = _with_factors(als.fit(train), rows)
-            error = predicted.agg(F.sum((F.col(LABEL) - clipped(F.col(ALS_BEST), model)) ** 2)).collect()[0][0]
-            log.info("evaluate: ALS, rank %d, regularization %g: squared error %s", rank, regularization, error)
+            of_rows = cost(model.loss, clipped(F.col(ALS_BEST), model), F.col(LABEL))
+            error = predicted.agg(F.sum(of_rows)).collect()[0][0]
+            log.info("evaluate: ALS, rank %d, regularization %g: cost %s", rank, regularization, error)
             if error is not None and error < least:
                 best, least = als, error
         return best

@@ -15,6 +15,7 @@ from mtl import blocks
 from mtl.encode import Activity
 from mtl.errors import StateError
 from mtl.gaussian import Array
+from mtl.losses import Loss
 from mtl.sampling import ROLE
 from mtl.schema import INPUT_ID, LABEL, WEIGHT
 
@@ -46,11 +47,11 @@ class Catalogue:
         return Activity.fit(logs.sum(), logs @ logs, int(np.sum(self.counts > 0)))
 
 
-def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
+def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue:
     """Totals of the events by input, in one pass, and the ids of all inputs: with events, or among ``known``.
 
     Raises:
-        StateError: there are no events, or all labels are equal.
+        StateError: there are no events, all labels are equal, or the loss cannot have them.
     """
     c, y = F.col(WEIGHT), F.col(LABEL)
     role = F.col(ROLE) if ROLE in events.columns else F.lit(blocks.TRAINED)
@@ -62,6 +63,7 @@ def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
         "cyy": F.sum(c * y * y),
         **{f"n_{part}": F.count_if(inside) for part, inside in parts.items()},
         **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
+        "broken": F.count_if(y != F.floor(y)),
         "min": F.min(y),
         "max": F.max(y),
     }
@@ -71,6 +73,10 @@ def read_catalogue(events: DataFrame, known: pd.Series) -> Catalogue:
     lowest, highest = float(totals["min"].min()), float(totals["max"].max())
     if lowest == highest:
         raise StateError(f"all {totals['n'].sum()} events have the label {lowest:g}: there is nothing to learn")
+    if refusal := loss.refusal(lowest, highest, whole=not totals["broken"].any()):
+        raise StateError(
+            f"model.loss = {loss.name} cannot be trained on {refusal}: there are {lowest:g} to {highest:g}"
+        )
     ids = pa.array(sorted({*totals[INPUT_ID], *known}), pa.string())
     counts = np.zeros(len(ids), np.int64)
     counts[blocks.index_of(pa.array(totals[INPUT_ID], pa.string()), ids)] = totals["n"]

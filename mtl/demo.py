@@ -25,10 +25,11 @@ from mtl.errors import StateError
 from mtl.evaluate import evaluate
 from mtl.figures import plot_errors, plot_errors_by_events, plot_objective
 from mtl.ingest import ingest_files
+from mtl.metrics import clipped
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, LABEL, USER_ID
-from mtl.score import PREDICTION, STD, clipped, score
+from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
 from mtl.update import update
 

@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
-from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import baselines, schema
 from mtl.config import Settings
 from mtl.errors import InputError
+from mtl.metrics import measures, ranking, sums
 from mtl.models import Model, load_model
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
 from mtl.read import match, open_file, readable
 from mtl.schema import INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, REASON, USER_ID
-from mtl.score import PREDICTION, STD, clipped, score
+from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
 
 log = logging.getLogger("mtl")
@@ -47,16 +48,18 @@ def evaluate(
         with_baselines: train :mod:`mtl.baselines` on the events table and measure them on the same rows.
 
     Returns:
-        model_version; n, rmse, mae (label units); coverage90, the share of labels inside the 90% interval;
-        by_user_events, the same by the user's number of events in the model; baselines; seconds.
+        model_version; n; the measures of the model's loss (:mod:`mtl.metrics`): rmse and mae in label units, or log_loss
+        (nats), brier, mae, auc and ece (calibration), or deviance, rmse and mae; for squared loss coverage90, the share of
+        labels inside the 90% interval; by_user_events, the same by the user's number of events in the model; baselines;
+        seconds.
 
     Raises:
         InputError: the file cannot be read as asked, is empty, or has a row that ingest would refuse.
         StateError: no version is live, or there are no events for the baselines.
     """
     started = time.monotonic()
-    rows = read_events(tables, settings, events, columns or {}).persist()
     model = load_model(tables)
+    rows = read_events(tables, settings, events, columns or {}, model.loss).persist()
     train = tables.read(schema.EVENTS).persist()
     try:
         check(rows, events)
@@ -67,32 +70,41 @@ def evaluate(
             names = baselines.NAMES
             scored, chosen = baselines.with_baselines(tables, model, settings.evaluate, train, scored)
         users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).select(USER_ID, N_EVENTS)
-        groups = _sums(scored.join(users, USER_ID, "left"), model, names)
+        scored = scored.join(users, USER_ID, "left").persist()
+        groups = _sums(scored, model, names)
+        ranked = {name: ranking(scored, model, name) for name in (PREDICTION, *names)}
+        scored.unpersist()
     finally:
         train.unpersist()
         rows.unpersist()
+    n = sum(group["n"] for group in groups)
     return {
         "model_version": model.version,
-        **_errors(groups, PREDICTION),
-        "n": sum(group["n"] for group in groups),
-        "coverage90": _share(groups, "inside"),
+        **measures(model, PREDICTION, groups),
+        **ranked[PREDICTION],
+        "n": n,
+        **({"coverage90": sum(group["inside"] for group in groups) / n} if model.loss == "squared" else {}),
         "by_user_events": [
             {
                 _FROM: group[_FROM],
                 "to": _last(group[_FROM]),
                 "n": group["n"],
                 "users": group["users"],
-                **_errors([group], PREDICTION),
-                "baselines": {name: _errors([group], name) for name in names},
+                **measures(model, PREDICTION, [group]),
+                "baselines": {name: measures(model, name, [group]) for name in names},
             }
             for group in groups
         ],
-        **({"baselines": {name: _errors(groups, name) | chosen.get(name, {}) for name in names}} if names else {}),
+        **(
+            {"baselines": {name: measures(model, name, groups) | ranked[name] | chosen.get(name, {}) for name in names}}
+            if names
+            else {}
+        ),
         "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> DataFrame:
+def read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str], loss: str) -> DataFrame:
     """The rows of a file of events as ingest would type them, with the reason where it would refuse one.
 
     Raises:
@@ -103,7 +115,7 @@ def read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[
     for ours, theirs in columns.items():
         if found.get(ours) != theirs:
             raise InputError(f"--columns {ours}={theirs}: {path} has no column {theirs} to rename")
-    return typed_events(file, found, settings.model.loss).select(USER_ID, INPUT_ID, LABEL, REASON)
+    return typed_events(file, found, loss).select(USER_ID, INPUT_ID, LABEL, REASON)
 
 
 def check(rows: DataFrame, path: str) -> None:
@@ -122,37 +134,23 @@ def check(rows: DataFrame, path: str) -> None:
 
 def _sums(scored: DataFrame, model: Model, names: tuple[str, ...]) -> list[Row]:
     """Sums of errors over groups of users by their number of events, in that order."""
-    label = F.col(LABEL)
-
-    def errors(name: str) -> list[Column]:
-        error = label - clipped(F.col(name), model)
-        return [F.sum(error**2).alias(f"{name}_squared"), F.sum(F.abs(error)).alias(f"{name}_absolute")]
-
     n_events = F.coalesce(F.col(N_EVENTS), F.lit(0))
     group = F.greatest(*(F.when(n_events >= edge, edge) for edge in EDGES), F.lit(0))
-    inside = F.abs(label - F.col(PREDICTION)) <= _WITHIN * F.col(STD)
-    sums = (
+    inside = F.abs(F.col(LABEL) - F.col(PREDICTION)) <= _WITHIN * F.col(STD)
+    groups = (
         scored.groupBy(group.alias(_FROM))
         .agg(
             F.count("*").alias("n"),
             F.count_distinct(USER_ID).alias("users"),
             F.sum(inside.cast("long")).alias("inside"),
-            *(column for name in (PREDICTION, *names) for column in errors(name)),
+            *(column for name in (PREDICTION, *names) for column in sums(model, name)),
         )
         .collect()
     )
-    return sorted(sums, key=lambda row: row[_FROM])
+    return sorted(groups, key=lambda row: row[_FROM])
 
 
 def _last(first: int) -> int | None:
     """The largest number of events in the group that begins with ``first``; None where there is no limit."""
     above = EDGES[EDGES.index(first) + 1 :]
     return above[0] - 1 if above else None
-
-
-def _errors(groups: list[Row], name: str) -> dict[str, float]:
-    return {"rmse": _share(groups, f"{name}_squared") ** 0.5, "mae": _share(groups, f"{name}_absolute")}
-
-
-def _share(groups: list[Row], name: str) -> float:
-    return sum(group[name] for group in groups) / sum(group["n"] for group in groups)

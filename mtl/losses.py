@@ -33,6 +33,12 @@ class Loss(Protocol):
     def response(self, mean: Array, variance: Array) -> Array:
         """E[σ(h)] for h ~ N(mean, variance)."""
 
+    def deviation(self, mean: Array, variance: Array, noise: float) -> Array:
+        """Standard deviation of a label about the prediction, (n,)."""
+
+    def refusal(self, low: float, high: float, whole: bool) -> str | None:
+        """What is wrong with labels between ``low`` and ``high``, all of them whole numbers or not."""
+
     def working(self, mean: Array, variance: Array, weight: Array, label: Array) -> tuple[Array, Array]:
         """(c·ω, c·ω·z) about h ~ N(mean, variance), for weights c and weighted labels c·y; all (n,)."""
 
@@ -56,6 +62,12 @@ class Squared:
 
     def response(self, mean: Array, variance: Array) -> Array:
         return mean
+
+    def deviation(self, mean: Array, variance: Array, noise: float) -> Array:
+        return np.sqrt(noise + variance)
+
+    def refusal(self, low: float, high: float, whole: bool) -> str | None:
+        return None
 
     def working(self, mean: Array, variance: Array, weight: Array, label: Array) -> tuple[Array, Array]:
         return weight, label
@@ -84,6 +96,13 @@ class Logistic:
     def response(self, mean: Array, variance: Array) -> Array:
         """By the probit approximation (Bishop 2006, eq. 4.153): off by less than 0.02."""
         return expit(mean / np.sqrt(1 + np.pi / 8 * variance))
+
+    def deviation(self, mean: Array, variance: Array, noise: float) -> Array:
+        p = self.response(mean, variance)
+        return np.sqrt(p * (1 - p))
+
+    def refusal(self, low: float, high: float, whole: bool) -> str | None:
+        return None if whole and low >= 0 and high <= 1 else "labels other than 0 and 1"
 
     def working(self, mean: Array, variance: Array, weight: Array, label: Array) -> tuple[Array, Array]:
         xi = np.sqrt(mean**2 + variance)
@@ -114,6 +133,13 @@ class Poisson:
 
     def response(self, mean: Array, variance: Array) -> Array:
         return np.exp(np.minimum(mean + variance / 2, _LARGEST_LOG_RATE))
+
+    def deviation(self, mean: Array, variance: Array, noise: float) -> Array:
+        rate = self.response(mean, variance)
+        return np.sqrt(rate + rate**2 * np.expm1(np.minimum(variance, _LARGEST_LOG_RATE)))
+
+    def refusal(self, low: float, high: float, whole: bool) -> str | None:
+        return None if whole and low >= 0 else "labels that are no counts (0, 1, 2, …)"
 
     def working(self, mean: Array, variance: Array, weight: Array, label: Array) -> tuple[Array, Array]:
         rate = weight * self.response(mean, variance)

@@ -86,7 +86,7 @@ def refusal(format: str, loss: str) -> Column:
 
     Args:
         format: of the file, to name a malformed line by.
-        loss: of the model; ``logistic`` accepts the labels 0 and 1 only.
+        loss: of the model; ``logistic`` accepts the labels 0 and 1 only, ``poisson`` counts.
     """
     label, weight = F.col(LABEL), F.col(WEIGHT)
     there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME)}
@@ -103,6 +103,9 @@ def refusal(format: str, loss: str) -> Column:
     ]
     if loss == "logistic":
         reasons.append((_finite(label) & ~label.isin(0.0, 1.0), f"{LABEL} is neither 0 nor 1 (logistic loss)"))
+    if loss == "poisson":
+        is_count = (label >= 0) & (label == F.floor(label))
+        reasons.append((_finite(label) & ~is_count, f"{LABEL} is no count 0, 1, 2, … (Poisson loss)"))
     found = F.concat_ws("; ", *(F.when(condition, F.lit(reason)) for condition, reason in reasons))
     return F.when(F.col(MALFORMED).isNotNull(), F.lit(f"malformed {_NAMES[format]}")).otherwise(
         F.when(found != "", found)

@@ -170,7 +170,7 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     loss = LOSSES[settings.model.loss]
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
     attributes = inputs.toPandas()
-    catalogue = read_catalogue(events, attributes[INPUT_ID])
+    catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     identity = settings.oracle.kind == "identity"

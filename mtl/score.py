@@ -1,10 +1,7 @@
 """Predictions with their uncertainty for many (user, input) pairs at once.
 
-With w_u ~ N(w, V) and φ of mean φ and second moment M, all given,
-
-    prediction = o + w·φ        variance = σ² + tr(V M) + wᵀ(M − φφᵀ)w
-
-The variance of the offset o, and with it cov(o, φ), is not stored with the features and so left out.
+The belief about h of a pair (:func:`mtl.working.belief`) gives the prediction E[σ(h)] and the standard deviation of a label
+about it (:mod:`mtl.losses`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -25,11 +22,13 @@ from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.features import Features
 from mtl.gaussian import Array
+from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.models import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.users import SharedInputs, prior_means
+from mtl.working import belief
 
 PREDICTION = "prediction"
 STD = "std"
@@ -54,7 +53,7 @@ def score_rows(
     user_attributes: DataFrame | None,
     rows: DataFrame,
 ) -> DataFrame:
-    """``rows`` with ``prediction`` and ``std``, the standard deviation of a label about it (label units).
+    """``rows`` with ``prediction`` and ``std``, the standard deviation of a label about it, both in label units.
 
     A user without a row in users has the prior, its mean by the user's attributes where there are any. An input without
     features has those that the oracle gives its attributes; without attributes either, those of an empty attribute row.
@@ -121,15 +120,13 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     place = index_of(rows[INPUT_ID], inputs.ids)
     place[place < 0] = len(inputs.ids)
     w, second = _moments(a, b, prior_mean, model)
-    prediction, variance = np.empty(len(place)), np.empty(len(place))
+    prediction, std = np.empty(len(place)), np.empty(len(place))
+    loss = LOSSES[model.loss]
     for first in range(0, len(place), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
-        user, shared = row[is_row][part], inputs.features.take(place[part])
-        known = np.einsum("nd,nd->n", w[user], shared.phi)
-        prediction[part] = shared.offset + known
-        # tr(V M) + wᵀ(M − φφᵀ)w = tr((V + wwᵀ) M) − (w·φ)²
-        variance[part] = model.noise + gaussian.inner(second[user], shared.second_moment, model.d) - known**2
-    std = np.sqrt(np.maximum(variance, model.noise))  # rounding must not take what the noise alone gives
+        user = row[is_row][part]
+        of_h = belief(w[user], second[user], inputs.features.take(place[part]))
+        prediction[part], std[part] = loss.response(*of_h), loss.deviation(*of_h, model.noise)
     return rows.append_column(PREDICTION, pa.array(prediction)).append_column(STD, pa.array(std))
 
 

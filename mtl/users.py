@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
-from mtl import alternation, blocks, gaussian, schema
+from mtl import blocks, gaussian, schema
 from mtl.arrow import lists, matrix
 from mtl.features import Features
 from mtl.gaussian import Array
+from mtl.losses import LOSSES
 from mtl.models import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.working import settle
 
 _STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
+TURN = "turn"
+TRAINING = 0  # the turn of the events that a retraining gave the users at once
 WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS)
 
 
@@ -41,12 +46,14 @@ def updated_users(
     """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
 
     Args:
-        events: user_id, input_id, label, weight; every input among ``inputs``.
+        events: user_id, input_id, label, weight; every input among ``inputs``. With a column ``turn`` they are added
+            turn by turn, first those of training: it matters under another loss than the squared one.
         states: rows of the users table (of the model's version) of those users that have one.
         described: of :func:`prior_means`, for users without a row; None where no user has attributes.
         partitions: hash partitions of users.
     """
-    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT).unionByName(
+    turn = [TURN] if TURN in events.columns else []
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *turn).unionByName(
         states.select(USER_ID, *_STATE), allowMissingColumns=True
     )
     if described is not None:
@@ -100,17 +107,19 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     if (place < 0).any():
         unknown = pc.filter(events[INPUT_ID], pa.array(place < 0))[0]
         raise ValueError(f"input {unknown} has no features of model version {model.version}")
-    weights, labels = blocks.csr(
-        row[is_event], place, events[LABEL].to_numpy(), events[WEIGHT].to_numpy(), len(users), len(inputs.ids)
-    )
+    turn = events[TURN].to_numpy() if TURN in events.column_names else np.ones(len(events), np.int64)
+    w, loss = np.empty_like(b), LOSSES[model.loss]
+    for now in np.unique(turn):
+        chosen = turn == now
+        mine, label, weight = row[is_event][chosen], events[LABEL].to_numpy()[chosen], events[WEIGHT].to_numpy()[chosen]
+        weights, labels = blocks.csr(mine, place[chosen], label, weight, len(users), len(inputs.ids))
+        for first in range(0, len(users), blocks.USERS_AT_ONCE):
+            part = slice(first, first + blocks.USERS_AT_ONCE)
+            posteriors = partial(model.user_posteriors, prior_mean=prior_mean[part])
+            before = None if now == TRAINING else (a[part], b[part])
+            a[part], b[part], known = settle(weights[part], labels[part], inputs.features, posteriors, loss, before)
+            w[part] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
-    w = np.empty_like(b)
-    for first in range(0, len(users), blocks.USERS_AT_ONCE):
-        part = slice(first, first + blocks.USERS_AT_ONCE)
-        added_a, added_b = alternation.user_sums(weights[part], labels[part], inputs.features)
-        a[part] += added_a
-        b[part] += added_b
-        w[part] = model.user_posteriors(a[part], b[part], prior_mean[part]).mean
     columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events)]
     touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)
     return pa.record_batch(columns, list(WRITTEN)).filter(touched)

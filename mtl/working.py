@@ -16,6 +16,7 @@ _ENTRIES_AT_ONCE = 16_384  # whose packed moments are gathered at once
 
 # Passes of `settle`: a loss that is a bound converges at a rate of the information it leaves out, about ½ for h = 2.
 SETTLING_PASSES = 30
+ADDING_PASSES = 3  # for the events of one micro-batch
 
 
 def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tuple[Array, Array]:
@@ -26,19 +27,31 @@ def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tup
         users: of the n rows, d-dimensional.
         features: of the inputs.
     """
-    d = users.mean.shape[1]
     second = users.covariance + gaussian.outer(users.mean)
     row = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
     mean, variance = np.empty(pattern.nnz), np.empty(pattern.nnz)
     for first in range(0, pattern.nnz, _ENTRIES_AT_ONCE):
         part = slice(first, first + _ENTRIES_AT_ONCE)
-        user, place = row[part], pattern.indices[part]
-        known = np.einsum("nd,nd->n", users.mean[user], features.phi[place])
-        mean[part] = features.offset[place] + known
-        variance[part] = gaussian.inner(second[user], features.second_moment[place], d) - known**2
-        cross = features.offset_phi[place] - features.offset[place, None] * features.phi[place]
-        variance[part] += features.offset_variance[place] + 2 * np.einsum("nd,nd->n", users.mean[user], cross)
-    return mean, np.maximum(variance, 0.0)
+        user, shared = row[part], features.take(pattern.indices[part])
+        mean[part], variance[part] = belief(users.mean[user], second[user], shared)
+    return mean, variance
+
+
+def belief(w: Array, second: Array, features: Features) -> tuple[Array, Array]:
+    """Mean and variance of h = o + w·φ for n pairs, (n,) each.
+
+        E[h] = E[o] + E[w]·E[φ]        Var[h] = tr(E[wwᵀ] E[φφᵀ]) − (E[w]·E[φ])² + Var[o] + 2 E[w]·Cov(o, φ)
+
+    Args:
+        w: E[w] of each pair's user, (n, d).
+        second: E[wwᵀ], packed (n, d(d+1)/2).
+        features: of each pair's input.
+    """
+    known = np.einsum("nd,nd->n", w, features.phi)
+    with_offset = features.offset_phi - features.offset[:, None] * features.phi
+    variance = gaussian.inner(second, features.second_moment, w.shape[1]) - known**2
+    variance += features.offset_variance + 2 * np.einsum("nd,nd->n", w, with_offset)
+    return features.offset + known, np.maximum(variance, 0.0)
 
 
 def settle(
@@ -47,24 +60,32 @@ def settle(
     features: Features,
     posteriors: Callable[[Array, Array], Posterior],
     loss: Loss,
-    passes: int = SETTLING_PASSES,
+    before: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Posterior]:
-    """Users' working sums A and b and their posteriors, given the features, from nothing: the same for the same events.
+    """Users' working sums A and b and their posteriors, given the features: the same for the same events.
+
+    Under another loss than the squared one, working values and posteriors are computed in turn: from nothing until they
+    have settled, or, with sums ``before``, a few times about what those users were known to be. What an event adds then
+    depends a little on when it came: sums of events in another order differ, by what an audit measures.
 
     Args:
         weights, labels: c and c·y, (users, inputs), of one pattern.
         posteriors: (A, b) → the users' posteriors under their prior.
-        passes: of working sums and posteriors in turn; squared loss takes one.
+        before: A, packed (users, d(d+1)/2), and b, (users, d), of earlier events.
     """
+    n, d = weights.shape[0], features.phi.shape[1]
+    start = before or (np.zeros((n, gaussian.packed_length(d))), np.zeros((n, d)))
     if loss.is_quadratic:
         a, b = alternation.user_sums(weights, labels, features)
+        a += start[0]
+        b += start[1]
         return a, b, posteriors(a, b)
-    d = features.phi.shape[1]
-    n = weights.shape[0]
-    users = posteriors(np.zeros((n, gaussian.packed_length(d))), np.zeros((n, d)))
-    for _ in range(passes):
+    users = posteriors(*start)
+    for _ in range(ADDING_PASSES if before else SETTLING_PASSES):
         precision, information = loss.working(*beliefs(weights, users, features), weights.data, labels.data)
         a, b = alternation.user_sums(like(weights, precision), like(weights, information), features)
+        a += start[0]
+        b += start[1]
         users = posteriors(a, b)
     return a, b, users
 

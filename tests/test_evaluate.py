@@ -23,6 +23,7 @@ from mtl.errors import InputError
 from mtl.evaluate import EDGES, _last
 from mtl.features import Features
 from mtl.forms import Form
+from mtl.losses import LOSSES
 from mtl.models import Artefact, Model
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
@@ -88,7 +89,8 @@ def test_scores_are_those_of_a_plain_loop_over_the_rows(random: np.random.Genera
         i = {"x0": 0, "x1": 1, "never": 2}[x]
         phi, V_x = np.array([1, *mean[i, 1:]]), covariance[i].copy()
         V_x[0] = V_x[:, 0] = 0  # the intercept's 1 is certain
-        variance = model.noise + phi @ V @ phi + np.trace(V_x @ (V + np.outer(w, w)))
+        of_input = np.array([1, *w[1:]])  # what multiplies [o, f_1 …]
+        variance = model.noise + phi @ V @ phi + np.trace(V_x @ V) + of_input @ covariance[i] @ of_input
         assert prediction == pytest.approx(model.mean_label + mean[i, 0] + w @ phi, rel=1e-10)
         assert std == pytest.approx(variance**0.5, rel=1e-10)
 
@@ -117,7 +119,7 @@ def test_the_independent_baseline_is_one_ridge_regression_a_user(
     user, place = random.integers(n_users - 1, size=n), random.integers(n_inputs, size=n)
     label, weight = random.normal(size=n), random.uniform(0.5, 2, size=n)
     monkeypatch.setattr("mtl.baselines._USERS_AT_ONCE", 3)
-    w = ridge(user, place, label, weight, z, n_users, RIDGE_STRENGTHS)
+    w = ridge(user, place, label + 3, weight, z, n_users, RIDGE_STRENGTHS, LOSSES["squared"], 3.0)
     for i, strength in enumerate(RIDGE_STRENGTHS):
         for u in range(n_users - 1):
             mine = user == u

@@ -287,6 +287,7 @@ def test_logistic_predictions_and_ratings_are_the_same_numbers(spark: SparkSessi
     rows = spark.createDataFrame(ratings().assign(rating=(PROBLEM.label > PROBLEM.mean_label).astype(float)))
     fitted = estimator(spark, loss="logistic", weightCol=None).fit(rows)
     scored = fitted.transform(rows).toPandas()
+    assert scored[PREDICTION].between(0, 1, inclusive="neither").all()
     assert np.corrcoef(scored[PREDICTION], scored.rating)[0, 1] > 0.5
     best = by_brute_force(spark, fitted, "user", 15)
     for row in fitted.recommendForAllUsers(15).collect():

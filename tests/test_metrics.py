@@ -1,0 +1,120 @@
+"""Costs and response scales of the losses against scikit-learn's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn import metrics as theirs
+
+from mtl import blocks, schema
+from mtl.arrow import matrix
+from mtl.encode import Encoder
+from mtl.features import Features
+from mtl.forms import Form
+from mtl.losses import LOSSES
+from mtl.models import Artefact, Model
+from mtl.prior import Prior
+from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.users import TURN, SharedInputs, add_events
+
+D = 3
+
+
+def model_of(loss: str) -> Model:
+    prior, nothing = Prior(np.eye(1), np.eye(D), np.zeros((1, D))), Encoder((), np.empty(0))
+    return Model(
+        1, schema.LIVE, Form(D - 1), loss, 0.2, 1.0, 0.0, 1.0, 0, 0, Artefact(nothing, nothing, None, prior, prior)
+    )
+
+
+def inputs() -> SharedInputs:
+    random = np.random.default_rng(0)
+    mean = random.normal(size=(8, D))
+    covariance = np.tile(np.array([0.1, 0, 0, 0.1, 0, 0.1]), (8, 1))
+    return SharedInputs(pa.array([f"x{i}" for i in range(8)]), Features.of(mean, covariance, 0.2))
+
+
+def events(n: int, turn: np.ndarray | None = None) -> pa.Table:
+    random = np.random.default_rng(1)
+    empty = {name: pa.nulls(n, kind) for name, kind in _STATES.items()}
+    columns = {
+        USER_ID: [f"u{i}" for i in random.integers(3, size=n)],
+        INPUT_ID: [f"x{i}" for i in random.integers(8, size=n)],
+        LABEL: random.integers(0, 2, size=n).astype(float),
+        WEIGHT: random.uniform(0.5, 2, size=n),
+        **empty,
+    }
+    return pa.table(columns | ({TURN: turn} if turn is not None else {}))
+
+
+_STATES = {
+    schema.A: pa.list_(pa.float64()),
+    schema.B: pa.list_(pa.float64()),
+    schema.PRIOR_MEAN: pa.list_(pa.float64()),
+    schema.N_EVENTS: pa.int64(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_replay_in_turns_is_what_the_batches_gave_one_after_the_other(loss: str) -> None:
+    turn = np.repeat([1, 2, 3], 20)
+    model, shared, whole = model_of(loss), inputs(), events(60, turn)
+    mean = model.prior_mean_of_unknown
+    states = None
+    for now in (1, 2, 3):
+        batch = whole.filter(pa.array(turn == now)).drop_columns([TURN])
+        table = batch if states is None else pa.concat_tables([batch, states], promote_options="default")
+        after = pa.Table.from_batches([add_events(table, model, shared, mean)]).drop_columns([schema.W])
+        states = (
+            after
+            if states is None
+            else pa.concat_tables(
+                [states.filter(pa.array(blocks.index_of(states[USER_ID], after[USER_ID].combine_chunks()) < 0)), after]
+            )
+        )
+    replayed = pa.Table.from_batches([add_events(whole, model, shared, mean)]).sort_by(USER_ID)
+    states = states.sort_by(USER_ID)
+    for name, width in ((schema.A, 6), (schema.B, D)):
+        np.testing.assert_allclose(matrix(replayed[name], width), matrix(states[name], width), rtol=1e-9, atol=1e-9)
+
+
+def test_another_order_changes_little_and_squared_loss_nothing() -> None:
+    shared = inputs()
+    for loss, limit in (("squared", 1e-10), ("logistic", 0.1)):
+        model = model_of(loss)
+        w = [
+            matrix(
+                pa.Table.from_batches([add_events(events(60, turn), model, shared, np.zeros(D))]).sort_by(USER_ID)["w"],
+                D,
+            )
+            for turn in (np.zeros(60, int), np.arange(60) % 4 + 1)
+        ]
+        assert np.abs(w[0] - w[1]).max() < limit
+
+
+def test_deviations_are_those_of_labels() -> None:
+    """By simulation of h and of the label given h."""
+    random = np.random.default_rng(2)
+    m, v = np.array([0.4]), np.array([0.3])
+    h = random.normal(m, np.sqrt(v), size=400_000)
+    draws = {
+        "squared": h + random.normal(size=len(h)) * 0.5,
+        "logistic": random.uniform(size=len(h)) < 1 / (1 + np.exp(-h)),
+        "poisson": random.poisson(np.exp(h)),
+    }
+    for loss, labels in draws.items():
+        assert LOSSES[loss].deviation(m, v, 0.25)[0] == pytest.approx(labels.std(), rel=0.02)
+        assert LOSSES[loss].response(m, v)[0] == pytest.approx(labels.mean(), rel=0.02)
+
+
+def test_the_surprise_of_labels_ranks_predictions_as_the_log_loss_does() -> None:
+    random = np.random.default_rng(3)
+    h, y = random.normal(size=50), random.integers(0, 2, 50).astype(float)
+    nothing = np.zeros(50)
+    ours = LOSSES["logistic"].surprise(h, nothing, np.ones(50), y).mean()
+    assert ours == pytest.approx(theirs.log_loss(y, 1 / (1 + np.exp(-h))), rel=1e-9)
+    rate, counts = np.exp(h), random.poisson(1.0, 50).astype(float)
+    difference = [LOSSES["poisson"].surprise(x, nothing, np.ones(50), counts).mean() for x in (h, nothing)]
+    deviances = [theirs.mean_poisson_deviance(counts, r) for r in (rate, np.ones(50))]
+    assert 2 * (difference[0] - difference[1]) == pytest.approx(deviances[0] - deviances[1], rel=1e-9)

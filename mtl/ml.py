@@ -184,7 +184,7 @@ class OracleMTLModel(Described, FittedModel):
 
     @property
     def objective(self) -> list[float]:
-        """The objective after the start and every pass; it does not rise."""
+        """The objective after every half-step but the first."""
         return list(self._fitted.row[schema.OBJECTIVE])
 
     @property

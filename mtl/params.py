@@ -15,7 +15,7 @@ from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable
 from pyspark.sql import DataFrame
 
 from mtl.config import Settings, load_settings
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, InputError
 
 SETTINGS = {
     "rank": "model.k",
@@ -189,6 +189,12 @@ class Saved(MLWritable, MLReadable):
 
 
 class _Writer(DefaultParamsWriter):
+    def save(self, path: str) -> None:
+        files = [file for frame in self.instance._frames().values() for file in frame.inputFiles()]
+        if self.shouldOverwrite and any(f"{path.rstrip('/')}/" in file for file in files):
+            raise InputError(f"{path} holds the rows of what is to be saved there: save it elsewhere first")
+        super().save(path)
+
     def saveImpl(self, path: str) -> None:
         frames = self.instance._frames()
         for name, frame in frames.items():

@@ -80,11 +80,6 @@ def score_rows(
     return together.repartition(USER_ID).mapInArrow(_score_in_arrow(broadcast), scored)
 
 
-def clipped(prediction: Column, model: Model) -> Column:
-    """The prediction, no further out than the labels that the model was trained on."""
-    return F.greatest(F.least(prediction, F.lit(model.label_max)), F.lit(model.label_min))
-
-
 def inputs_of(model: Model, shared: DataFrame, attributes: DataFrame | None, wanted: DataFrame) -> SharedInputs:
     """Features of the inputs ``wanted`` (input_id, distinct), and one more row, without an id, for an unknown input."""
     rows = wanted.join(shared, INPUT_ID, "left").toArrow()

@@ -34,6 +34,7 @@ SETTINGS = {
 """Param → the setting that it stands for."""
 
 _SECTIONS = ("model", "train", "oracle", "encode")  # what a fit looks at
+_OF_TABLES = ("train.warm_start", "train.lock", "train.checkpoint")  # of versions in tables, which a fit has not
 _FRAMES = "frames"
 
 C = TypeVar("C", bound=type[Params])
@@ -157,6 +158,8 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
         for key in values:
             if key.partition(".")[0] not in _SECTIONS:
                 raise ConfigError(f"settings: {key!r} is no setting of a fit; its sections are {', '.join(_SECTIONS)}")
+            if key in _OF_TABLES:
+                raise ConfigError(f"settings: {key!r} is for model versions in tables: use jobs/retrain.py")
         ours = {name: key for name, key in SETTINGS.items() if self.isSet(name)}
         values |= {key: self.getOrDefault(name) for name, key in ours.items()}
         try:

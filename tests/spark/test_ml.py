@@ -312,6 +312,7 @@ def test_logistic_predictions_and_ratings_are_the_same_numbers(spark: SparkSessi
         ({"loss": "hinge"}, ConfigError, r"'squared', 'logistic' or 'poisson'.*Param loss is model\.loss"),
         ({"settings": {"train.iteration": 3}}, ConfigError, "did you mean 'train.iterations'"),
         ({"settings": {"tables.root": "x"}}, ConfigError, "sections are model, train, oracle, encode"),
+        ({"settings": {"train.lock": ["users"]}}, ConfigError, "'train.lock' is for model versions in tables"),
         ({"perUser": ["colour"]}, ConfigError, "no attribute 'colour'; there are year, genre"),
         ({"userCol": "who"}, InputError, r"no columns 'who' \(userCol\); it has user, item, rating, c"),
         ({"labelCol": "item", "loss": "logistic"}, InputError, "item is neither 0 nor 1"),

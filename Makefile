@@ -33,9 +33,10 @@ format: setup ## rewrite the code in the house format
 	@$(PY) -m ruff check --quiet --fix --exit-zero .
 	@$(PY) -m ruff format .
 
-bench: setup ## how long retraining and updating take
+bench: setup ## how long retraining, updating and recommending take
 	@$(PY) tests/bench/retrain.py
 	@$(PY) tests/bench/update.py
+	@$(PY) tests/bench/recommend.py
 
 faults: setup ## kills, duplicates, broken files: exactly once all the same
 	@$(PY) -m pytest tests/faults $(TEST_ARGS)

@@ -168,13 +168,22 @@ def _refused(file: SourceFile, key: str, identity: Column, attributes: Mapping[s
 
 def _attribute(file: SourceFile, theirs: str, ours: str, settings: IngestSettings) -> Column:
     cell, kind = quoted(theirs), file.kind(theirs)
+    if ours in settings.list_columns and isinstance(kind, T.AtomicType):
+        parts = F.split(cell.cast("string"), re.escape(settings.list_separator))
+        return F.filter(F.transform(parts, F.trim), lambda part: part != "")
+    return attribute(cell, kind, f"{file.path}: column {theirs}")
+
+
+def attribute(cell: Column, kind: T.DataType, name: str) -> Column:
+    """A cell of an attribute as the tables hold it; ``name`` says in an error where it is from.
+
+    Raises:
+        InputError: attributes cannot have this type.
+    """
     if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, T.StringType):
         return cell
     if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, T.NumericType):
         return cell.cast("array<double>")
-    if ours in settings.list_columns and isinstance(kind, T.AtomicType):
-        parts = F.split(cell.cast("string"), re.escape(settings.list_separator))
-        return F.filter(F.transform(parts, F.trim), lambda part: part != "")
     if isinstance(kind, T.NumericType):
         return cell.cast("double")
     if isinstance(kind, T.StringType | T.BooleanType):
@@ -182,8 +191,8 @@ def _attribute(file: SourceFile, theirs: str, ours: str, settings: IngestSetting
     if isinstance(kind, T.DateType | T.TimestampType | T.TimestampNTZType):
         return F.unix_micros(cell.cast("timestamp")) / (_DAY_SECONDS * 1e6)
     raise InputError(
-        f"{file.path}: column {theirs} has the type {kind.simpleString()}; an attribute is a number, a text, a "
-        f"boolean, a time, or a list of texts or numbers"
+        f"{name} has the type {kind.simpleString()}; an attribute is a number, a text, a boolean, a time, or a list of "
+        f"texts or numbers"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,12 +125,15 @@ class Settings(_Section):
     audit: AuditSettings
 
 
-def load_settings(files: Sequence[str | Path] = (), assignments: Sequence[str] = ()) -> Settings:
-    """Settings from the default file, then ``files``, the environment and ``assignments``, later wins.
+def load_settings(
+    files: Sequence[str | Path] = (), assignments: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings from the default file, then ``files``, the environment, ``assignments`` and ``values``, later wins.
 
     Args:
         files: TOML files.
         assignments: ``section.key=value``; the value is TOML, or text where it is not.
+        values: ``section.key`` → the value itself.
 
     Raises:
         ConfigError: a file is missing or malformed, a key is unknown (the nearest valid one is named) or a
@@ -141,6 +144,11 @@ def load_settings(files: Sequence[str | Path] = (), assignments: Sequence[str] =
         _merge(tree, _read(Path(file)))
     _merge(tree, _assigned(_environment()))
     _merge(tree, _assigned(assignments))
+    for path, value in (values or {}).items():
+        section, _, key = path.partition(".")
+        if not key:
+            raise ConfigError(f"setting {path!r}: write section.key")
+        tree[section] = {**tree.get(section, {}), key: value}
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:

@@ -11,7 +11,7 @@ import cloudpickle
 import numpy as np
 import pandas as pd
 from delta.tables import DeltaTable
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import gaussian, schema
@@ -108,7 +108,11 @@ def load_model(tables: Tables, version: int | None = None) -> Model:
             else f"there is no model version {version}"
         )
         raise StateError(f"{what} (tables.root = {tables.root})")
-    row = rows[0]
+    return model_of(rows[0])
+
+
+def model_of(row: Row) -> Model:
+    """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust."""
     return Model(
         version=row[schema.MODEL_VERSION],
         status=row[schema.STATUS],
@@ -143,7 +147,25 @@ def publish(
     settings: Settings,
 ) -> None:
     """Append the model's row: from then on the version exists."""
-    row = {
+    row = model_row(model, form, objective, n_events, metrics, settings)
+    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
+    promoted = F.current_timestamp() if model.status == schema.LIVE else F.lit(None).cast("timestamp")
+    tables.append(
+        schema.MODELS,
+        rows.withColumn(schema.CREATED_AT, F.current_timestamp()).withColumn(schema.PROMOTED_AT, promoted),
+    )
+
+
+def model_row(
+    model: Model,
+    form: str,
+    objective: tuple[float, ...],
+    n_events: int,
+    metrics: Mapping[str, Any],
+    settings: Settings,
+) -> dict[str, Any]:
+    """The model as a row of the models table, its times left out; :func:`model_of` is the way back."""
+    return {
         schema.MODEL_VERSION: model.version,
         schema.STATUS: model.status,
         schema.FORM: form,
@@ -164,12 +186,6 @@ def publish(
         schema.METRICS: json.dumps(metrics),
         schema.SETTINGS: settings.model_dump_json(),
     }
-    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
-    promoted = F.current_timestamp() if model.status == schema.LIVE else F.lit(None).cast("timestamp")
-    tables.append(
-        schema.MODELS,
-        rows.withColumn(schema.CREATED_AT, F.current_timestamp()).withColumn(schema.PROMOTED_AT, promoted),
-    )
 
 
 def versions(tables: Tables) -> DataFrame:

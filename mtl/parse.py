@@ -157,6 +157,30 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str) -> DataF
     )
 
 
+def checked_events(rows: DataFrame, user: str, input: str, label: str, weight: str | None, loss: str) -> DataFrame:
+    """(user_id, input_id, label, weight, reason): rows of a DataFrame as events, with the reason for refusing one.
+
+    Args:
+        user, input, label, weight: names of its columns; every weight is 1 where there is no column of weights.
+    """
+
+    def cell(name: str) -> tuple[Column, T.DataType]:
+        return quoted(name), rows.schema[name].dataType
+
+    typed = rows.select(
+        text_id(*cell(user)).alias(USER_ID),
+        text_id(*cell(input)).alias(INPUT_ID),
+        number(*cell(label)).alias(LABEL),
+        (number(*cell(weight)) if weight else F.lit(1.0)).alias(WEIGHT),
+        quoted(label).isNull().alias(_BLANK + LABEL),
+        F.lit(False).alias(_BLANK + WEIGHT),
+        F.lit(True).alias(_BLANK + EVENT_TIME),
+        F.lit(None).cast("timestamp").alias(EVENT_TIME),
+        F.lit(None).cast("string").alias(MALFORMED),
+    )
+    return typed.select(USER_ID, INPUT_ID, LABEL, WEIGHT, refusal("parquet", loss).alias(REASON))
+
+
 _NAMES = {"csv": "CSV", "jsonl": "JSON", "parquet": "Parquet"}
 
 

@@ -39,45 +39,60 @@ _ROWS_AT_ONCE = 16_384  # rows whose packed moments are gathered at once
 
 
 def score(tables: Tables, model: Model, rows: DataFrame) -> DataFrame:
+    """:func:`score_rows` with what the tables hold for the model's version."""
+    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    inputs, user_attributes = tables.read(schema.INPUTS), tables.read(schema.USER_ATTRIBUTES)
+    return score_rows(model, features_of(tables, model), users, inputs, user_attributes, rows)
+
+
+def score_rows(
+    model: Model,
+    shared: DataFrame,
+    users: DataFrame,
+    input_attributes: DataFrame | None,
+    user_attributes: DataFrame | None,
+    rows: DataFrame,
+) -> DataFrame:
     """``rows`` with ``prediction`` and ``std``, the standard deviation of a label about it, both in label units.
 
     A user without a row in users has the prior, its mean by the user's attributes where there are any. An input without
     features has those that the oracle gives its attributes; without attributes either, those of an empty attribute row.
 
     Args:
+        shared, users: the model version's rows of the features and the users table.
+        input_attributes, user_attributes: input_id or user_id and attributes; None where there are none.
         rows: user_id and input_id, neither null, and any other columns. Read twice: persist what is dear.
 
     Returns:
         The columns of ``rows`` in their order, then the two; in no particular order of rows.
     """
     wanted = rows.select(USER_ID).distinct()
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).join(wanted, USER_ID, "left_semi")
-    states = users.select(USER_ID, *_STATE).withColumnsRenamed(_STATE)
-    attributes = tables.read(schema.USER_ATTRIBUTES)
-    if len(attributes.columns) > 1:
-        unknown = wanted.join(users, USER_ID, "left_anti")
-        described = prior_means(attributes.join(unknown, USER_ID, "left_semi"), model)
+    known = users.join(wanted, USER_ID, "left_semi")
+    states = known.select(USER_ID, *_STATE).withColumnsRenamed(_STATE)
+    if user_attributes is not None and len(user_attributes.columns) > 1:
+        unknown = wanted.join(known, USER_ID, "left_anti")
+        described = prior_means(user_attributes.join(unknown, USER_ID, "left_semi"), model)
         states = states.unionByName(described.withColumnsRenamed(_STATE), allowMissingColumns=True)
-    inputs = inputs_of(tables, model, rows.select(INPUT_ID).distinct())
-    shared = rows.sparkSession.sparkContext.broadcast((model, inputs))
+    inputs = inputs_of(model, shared, input_attributes, rows.select(INPUT_ID).distinct())
+    broadcast = rows.sparkSession.sparkContext.broadcast((model, inputs))
     scored = T.StructType([*rows.schema.fields, *(T.StructField(name, T.DoubleType()) for name in (PREDICTION, STD))])
     together = rows.unionByName(states, allowMissingColumns=True)
-    return together.repartition(USER_ID).mapInArrow(_score_in_arrow(shared), scored)
+    return together.repartition(USER_ID).mapInArrow(_score_in_arrow(broadcast), scored)
 
 
-def inputs_of(tables: Tables, model: Model, wanted: DataFrame) -> SharedInputs:
+def inputs_of(model: Model, shared: DataFrame, attributes: DataFrame | None, wanted: DataFrame) -> SharedInputs:
     """Features of the inputs ``wanted`` (input_id, distinct), and one more row, without an id, for an unknown input."""
-    rows = wanted.join(features_of(tables, model), INPUT_ID, "left").toArrow()
+    rows = wanted.join(shared, INPUT_ID, "left").toArrow()
     is_known = rows[schema.PHI].is_valid()
     known, missing = rows.filter(is_known), rows.filter(pc.invert(is_known))[INPUT_ID]
-    attributes = pd.DataFrame(columns=[INPUT_ID], dtype=object)
-    if len(missing):
-        ids = tables.spark.createDataFrame(pa.table({INPUT_ID: missing}))
-        attributes = tables.read(schema.INPUTS).join(F.broadcast(ids), INPUT_ID, "left_semi").toArrow().to_pandas()
-    ids = pa.concat_arrays([known[INPUT_ID].combine_chunks(), pa.array(attributes[INPUT_ID], pa.string())])
+    described = pd.DataFrame(columns=[INPUT_ID], dtype=object)
+    if len(missing) and attributes is not None:
+        ids = wanted.sparkSession.createDataFrame(pa.table({INPUT_ID: missing}))
+        described = attributes.join(F.broadcast(ids), INPUT_ID, "left_semi").toArrow().to_pandas()
+    ids = pa.concat_arrays([known[INPUT_ID].combine_chunks(), pa.array(described[INPUT_ID], pa.string())])
     parts = [features.from_rows(known, model.d)]
     # Oracles and encodings need not take an empty frame.
-    frames = ([attributes.drop(columns=INPUT_ID)] if len(attributes) else []) + [pd.DataFrame(index=[0])]
+    frames = ([described.drop(columns=INPUT_ID)] if len(described) else []) + [pd.DataFrame(index=[0])]
     parts += map(model.features_of_new, frames)
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return SharedInputs(ids, Features(*map(np.concatenate, columns)))

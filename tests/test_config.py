@@ -253,3 +253,12 @@ def test_other_programs_variables_are_left_alone(monkeypatch):
     usual = load_settings()
     monkeypatch.setenv("MTL_HUD_ENABLED", "1")  # Apple's Metal has the same prefix
     assert load_settings() == usual
+
+
+def test_values_by_key_are_the_last_layer_and_checked_like_the_others() -> None:
+    settings = load_settings(assignments=["model.k=3"], values={"model.k": 5, "oracle.params": {"max_depth": 2}})
+    assert (settings.model.k, settings.oracle.params) == (5, {"max_depth": 2})
+    with pytest.raises(ConfigError, match=r"did you mean 'model\.k'"):
+        load_settings(values={"model.kk": 5})
+    with pytest.raises(ConfigError, match=r"setting 'k': write section\.key"):
+        load_settings(values={"k": 5})

@@ -236,9 +236,9 @@ def test_one_refit_to_convergence_is_the_linear_oracle_s_ridge_for_all_functions
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_training_a_linear_function_ends_at_the_objective_of_the_linear_oracle(residual: bool) -> None:
-    for seed in range(3):
+    for seed in range(2):
         problem = planted(seed, users=40, inputs=30, events=900)
-        schedule = Schedule(150)
+        schedule = Schedule(80)
         oracle = problem.train(2, schedule, fit_ridge, residual)
         function = train(problem, basis(problem, LinearFunction(), residual=residual), 2, schedule)
         assert function.objective[-1] == pytest.approx(oracle.objective[-1], rel=2e-3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,7 +19,20 @@ from mtl.gaussian import Array, Posterior
 from mtl.prior import Moments
 from mtl.regressors import Linear, Oracle, Regressor, combine
 
-__all__ = ["Boosting", "FitAll", "Oracle", "OracleBasis", "Refitting", "Regressor", "fit_one", "integrated_weights"]
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11
+
+__all__ = [
+    "Boosting",
+    "FitAll",
+    "FittedBasis",
+    "Oracle",
+    "OracleBasis",
+    "Refitting",
+    "Regressor",
+    "fit_one",
+    "integrated_weights",
+]
 
 _ROUNDING = 1e-9  # of the weighted error: a gain by less is none
 _TOLD = 1e-12  # of the largest weight: less is no evidence
@@ -73,8 +86,49 @@ class Boosting:
         return combine([(1.0, function), (step * self.shrinkage, fitted)])
 
 
+class FittedBasis:
+    """c_x ~ N(g(z_x), S) with g fitted, or c_x = g(z_x) exactly where there is no residual: all but g and how it is refitted.
+
+    A frozen dataclass with these fields derives from it.
+    """
+
+    covariance: Array  # S, (d, d); zero where there is no residual
+    residual: bool
+    refused: int  # fits that would have raised the objective
+
+    def mean(self, attributes: Array) -> Array:
+        """g of attributes (n, p): (n, d)."""
+        raise NotImplementedError
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"refused_oracle_steps": self.refused}
+
+    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
+        return self.conditional(precision, information, self.mean(attributes), noise)
+
+    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
+        if not self.residual:
+            return Posterior(mean, np.zeros_like(precision), np.zeros(len(mean)))
+        return alternation.posteriors(precision, information, mean, np.linalg.inv(self.covariance), noise)
+
+    def moments(self, inputs: Posterior, attributes: Array) -> Moments:
+        residual = inputs._replace(mean=inputs.mean - self.mean(attributes))
+        return Moments.of(residual, np.empty((len(attributes), 0)))
+
+    def learn(self, moments: Moments) -> Self:
+        return replace(self, covariance=moments.second / moments.n) if self.residual else self  # type: ignore[type-var]
+
+    def divergence(self, moments: Moments) -> float:
+        if not self.residual:
+            return 0.0
+        d = len(self.covariance)
+        log_determinant = moments.n * (np.linalg.slogdet(self.covariance)[1] - d) - moments.log_determinant
+        return float(log_determinant + np.sum(np.linalg.inv(self.covariance) * moments.second)) / 2
+
+
 @dataclass(frozen=True)
-class OracleBasis:
+class OracleBasis(FittedBasis):
     """c_x ~ N(g(z_x), S) with g_0 … g_k fitted by an oracle, or c_x = g(z_x) exactly where there is no residual.
 
     With the residuals integrated out, the events say of g, up to a constant, and of function i at input x
@@ -173,28 +227,6 @@ class OracleBasis:
     @property
     def counts(self) -> dict[str, int]:
         return {"damped_oracle_steps": self.damped, "refused_oracle_steps": self.refused}
-
-    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        return self.conditional(precision, information, self.mean(attributes), noise)
-
-    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
-        if not self.residual:
-            return Posterior(mean, np.zeros_like(precision), np.zeros(len(mean)))
-        return alternation.posteriors(precision, information, mean, np.linalg.inv(self.covariance), noise)
-
-    def moments(self, inputs: Posterior, attributes: Array) -> Moments:
-        residual = inputs._replace(mean=inputs.mean - self.mean(attributes))
-        return Moments.of(residual, np.empty((len(attributes), 0)))
-
-    def learn(self, moments: Moments) -> OracleBasis:
-        return replace(self, covariance=moments.second / moments.n) if self.residual else self
-
-    def divergence(self, moments: Moments) -> float:
-        if not self.residual:
-            return 0.0
-        d = len(self.covariance)
-        log_determinant = moments.n * (np.linalg.slogdet(self.covariance)[1] - d) - moments.log_determinant
-        return float(log_determinant + np.sum(np.linalg.inv(self.covariance) * moments.second)) / 2
 
 
 def integrated_weights(precision: Array, information: Array, covariance: Array, noise: float) -> tuple[Array, Array]:

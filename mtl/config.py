@@ -58,7 +58,7 @@ class ModelSettings(_Section):
 
 
 class TrainSettings(_Section):
-    algorithm: Literal["oracle", "boosted"]
+    algorithm: Literal["oracle", "boosted", "first_order"]
     iterations: AutoOrCount
     max_iterations: int = Field(ge=1)
     tolerance: float = Field(gt=0)
@@ -82,6 +82,17 @@ class OracleSettings(_Section):
     shrinkage: float = Field(gt=0, le=1)
     residual: Literal["auto"] | bool
     pipeline: str
+
+
+class FunctionSettings(_Section):
+    kind: Literal["linear", "two_layer", "torch", "custom"]
+    factory: str
+    hidden: int = Field(ge=1)
+    optimizer: Literal["lbfgs", "adam"]
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    batch: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)
 
 
 class EncodeSettings(_Section):
@@ -119,6 +130,7 @@ class Settings(_Section):
     model: ModelSettings
     train: TrainSettings
     oracle: OracleSettings
+    function: FunctionSettings
     encode: EncodeSettings
     update: UpdateSettings
     evaluate: EvaluateSettings

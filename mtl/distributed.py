@@ -19,11 +19,12 @@ from pyspark.sql import functions as F
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
-from mtl.basis import OracleBasis, Refitting, integrated_weights
+from mtl.basis import FittedBasis, OracleBasis, Refitting, integrated_weights
 from mtl.blocks import EventBlock
 from mtl.engine import FeatureWork, Specification, UserStep, UserWork
 from mtl.errors import ConfigError
 from mtl.features import Features
+from mtl.firstorder import FunctionBasis, Slope
 from mtl.forms import PartlyGiven
 from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
@@ -80,17 +81,26 @@ class DistributedEngine:
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         basis = prior.learnt if isinstance(prior, PartlyGiven) else prior
-        if not isinstance(basis, OracleBasis):
+        if not isinstance(basis, FittedBasis):
             return prior
-        if basis.oracle is not fit_ridge:
+        evidence = prior, basis.covariance, noise, self.specification.mu
+        if isinstance(basis, FunctionBasis):
+            function = basis.function
+            basis = basis.descend(lambda theta, rows=None: self._sum(_slope, (function, theta, evidence)), n=1)
+        elif isinstance(basis, OracleBasis) and basis.oracle is fit_ridge:
+            basis = replace(basis, functions=self._sum(_equations, evidence).solve(basis.functions))
+        else:
             raise ConfigError('a black-box oracle is fitted on the driver: set train.reduction = "driver"')
-        if basis.strategy != Refitting():
+        if isinstance(basis, OracleBasis) and basis.strategy != Refitting():
             raise ConfigError('train.algorithm boosted works with train.reduction = "driver" only')
-        shared = self._broadcast((prior, basis.covariance, noise, self.specification.mu))
-        rows = self.state.mapInArrow(_each_shard(_equations, shared), _STATE).select("reply").collect()
-        equations = [cloudpickle.loads(row[0]) for row in rows]
-        basis = replace(basis, functions=sum(equations[1:], equations[0]).solve(basis.functions))
         return replace(prior, learnt=basis) if isinstance(prior, PartlyGiven) else basis
+
+    def _sum(self, work: Callable[[_Shard, Any], tuple[_Shard, Any]], arguments: Any) -> Any:
+        """The sum of what ``work`` says of every shard."""
+        shared = self._broadcast(arguments)
+        rows = self.state.mapInArrow(_each_shard(work, shared), _STATE).select("reply").collect()
+        said = [cloudpickle.loads(row[0]) for row in rows]
+        return sum(said[1:], said[0])
 
     held_out = 0.0
 
@@ -291,13 +301,21 @@ def _solve(state: _Shard, shared: Any) -> tuple[_Shard, tuple[Moments, float]]:
     return replace(state, inputs=inputs), (prior.moments(inputs, state.attributes), error)
 
 
-def _equations(state: _Shard, shared: Any) -> tuple[_Shard, NormalEquations]:
-    prior, covariance, noise, mu = shared
+def _equations(state: _Shard, evidence: Any) -> tuple[_Shard, NormalEquations]:
+    return state, NormalEquations.of(*_weights(state, *evidence), state.attributes)
+
+
+def _slope(state: _Shard, shared: Any) -> tuple[_Shard, Slope]:
+    function, theta, evidence = shared
+    return state, Slope.of(function, theta, *_weights(state, *evidence), state.attributes)
+
+
+def _weights(state: _Shard, prior: VectorPrior, covariance: Array, noise: float, mu: float) -> tuple[Array, Array]:
+    """W and v of the shard's inputs for their learnt entries; see :class:`mtl.basis.OracleBasis`."""
     precision, information = alternation.input_evidence(state.sums, mu)
     if isinstance(prior, PartlyGiven):
         precision, information = prior.given.evidence(precision, information, prior.given.of(state.attributes))
-    W, v = integrated_weights(precision, information, covariance, noise)
-    return state, NormalEquations.of(W, v, state.attributes)
+    return integrated_weights(precision, information, covariance, noise)
 
 
 def _gram(state: _Shard, shared: None) -> tuple[_Shard, Array]:

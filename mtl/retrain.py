@@ -28,6 +28,7 @@ from mtl.encode import Encoder
 from mtl.engine import Known, SparkEngine, Specification
 from mtl.errors import ConfigError
 from mtl.features import Features, feature_rows, from_rows
+from mtl.firstorder import FunctionBasis, check_gradient, make_function, make_optimizer
 from mtl.forms import Form, Given, partly_given
 from mtl.gaussian import Posterior
 from mtl.implicit import Implicit, Unknown
@@ -49,6 +50,7 @@ log = logging.getLogger("mtl")
 
 MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
+_CHECKED_INPUTS = 32  # that a user's function is tried on before training
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
 
 
@@ -347,9 +349,11 @@ def _fit(
     strategy = make_strategy(settings.train.algorithm, settings.oracle)
     users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
     inputs: VectorPrior
-    if oracle:
-        repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
-        residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
+    repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
+    residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
+    if settings.train.algorithm == "first_order":
+        inputs = _function_basis(settings, specification.attributes, d_inputs, residual)
+    elif oracle:
         inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual, strategy, fit_all)
     else:
         inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
@@ -385,6 +389,18 @@ def _from_covariance(prior: VectorPrior, covariance: np.ndarray, given: Given) -
     """``prior`` begun from an earlier version's covariance (d, d), where both have one."""
     learnt = covariance[np.ix_(given.learnt, given.learnt)]
     return replace(prior, covariance=learnt) if prior.covariance.any() and learnt.any() else prior  # type: ignore[type-var]
+
+
+def _function_basis(settings: Settings, attributes: np.ndarray, d: int, residual: bool) -> FunctionBasis:
+    """The configured function before training, the gradient of a user's own checked on some inputs."""
+    if settings.oracle.kind == "identity":
+        raise ConfigError('train.algorithm = "first_order" needs attributes of inputs: not oracle.kind = "identity"')
+    p, of, seed = attributes.shape[1], settings.function, settings.train.seed
+    function = make_function(of, p, d, seed)
+    if of.kind in ("custom", "torch"):
+        check_gradient(function, p, d, attributes[:_CHECKED_INPUTS])
+    optimizer = make_optimizer(of, seed)
+    return FunctionBasis.start(function, optimizer, of.weight_decay, p, d, START_VARIANCE, residual, seed)
 
 
 def _alternate(

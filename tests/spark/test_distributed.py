@@ -17,6 +17,7 @@ from mtl.basis import OracleBasis
 from mtl.distributed import DistributedEngine
 from mtl.engine import LocalEngine
 from mtl.errors import ConfigError
+from mtl.firstorder import LBFGS, FunctionBasis, TwoLayer
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
@@ -36,6 +37,10 @@ def linear(attributes: Array) -> VectorPrior:
 
 def without_residual(attributes: Array) -> VectorPrior:
     return OracleBasis.start(fit_ridge, K + 1, START_VARIANCE, residual=False)
+
+
+def first_order(attributes: Array) -> VectorPrior:
+    return FunctionBasis.start(TwoLayer(3), LBFGS(2), 5.0, attributes.shape[1], K + 1, START_VARIANCE, residual=True)
 
 
 def closed_form(attributes: Array) -> VectorPrior:
@@ -65,6 +70,7 @@ def engine(spark: SparkSession, problem: Problem, n_partitions: int, shard: int,
         (closed_form, Form(K), 2, 23),
         (without_residual, Form(K), 1, 7),
         (linear, Form(K, (1,)), 3, 10),
+        (first_order, Form(K), 3, 10),
     ],
 )
 def test_distributed_training_equals_local_training(

@@ -57,4 +57,5 @@ def _with_oracle_of(fresh: VectorPrior, stored: VectorPrior) -> VectorPrior:
     """What is stored predicts; to be fitted again it needs the oracle that a pickle leaves out."""
     if isinstance(stored, PartlyGiven) and isinstance(fresh, PartlyGiven):
         return replace(stored, learnt=_with_oracle_of(fresh.learnt, stored.learnt))
-    return replace(stored, oracle=fresh.oracle) if hasattr(fresh, "oracle") else stored  # type: ignore[type-var]
+    dropped = {name: getattr(fresh, name) for name in ("oracle", "fit_all", "optimizer") if hasattr(fresh, name)}
+    return replace(stored, **dropped) if dropped else stored  # type: ignore[type-var]

@@ -241,7 +241,7 @@ def test_training_a_linear_function_ends_at_the_objective_of_the_linear_oracle(r
         schedule = Schedule(80)
         oracle = problem.train(2, schedule, fit_ridge, residual)
         function = train(problem, basis(problem, LinearFunction(), residual=residual), 2, schedule)
-        assert function.objective[-1] == pytest.approx(oracle.objective[-1], rel=2e-3)
+        assert function.objective[-1] == pytest.approx(oracle.objective[-1], rel=5e-3)
 
 
 def error(problem: Problem, engine: LocalEngine, fit: Fit, events: Problem) -> float:

@@ -85,6 +85,14 @@ class EncodeSettings(_Section):
     text_dimensions: int = Field(ge=1)
 
 
+class SupervisedSettings(_Section):
+    labels: list[str]
+    classifier: str
+    params: dict[str, Any]
+    min_count: int = Field(ge=1)
+    max_labels: int = Field(ge=1)
+
+
 class UpdateSettings(_Section):
     max_files_per_trigger: int = Field(ge=1)
     trigger_seconds: float = Field(ge=0)
@@ -113,6 +121,7 @@ class Settings(_Section):
     train: TrainSettings
     oracle: OracleSettings
     encode: EncodeSettings
+    supervised: SupervisedSettings
     update: UpdateSettings
     evaluate: EvaluateSettings
     audit: AuditSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import gaussian, schema
 from mtl.config import Settings
-from mtl.encode import Activity, Encoder
+from mtl.encode import Activity, Encoder, InputEncoder
 from mtl.errors import StateError
 from mtl.features import Features
 from mtl.forms import Form
@@ -24,16 +24,13 @@ from mtl.gaussian import Array, Posterior
 from mtl.prior import VectorPrior
 from mtl.tables import Tables
 
-if TYPE_CHECKING:  # pyspark.ml takes a second to import, and workers need it only where a pipeline was given
-    from mtl.pipeline import PipelineEncoder
-
 
 @dataclass(frozen=True)
 class Artefact:
     """The learnt functions of a model version, stored pickled: load only tables that you trust."""
 
     user_encoder: Encoder
-    input_encoder: Encoder | PipelineEncoder
+    input_encoder: InputEncoder
     activity: Activity | None  # of the inputs; with it, log-counts of events are the last attribute of both sides
     users: VectorPrior
     inputs: VectorPrior
@@ -83,7 +80,7 @@ class Model:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
         return self.artefact.users.conditional(a, b, prior_mean, self.noise)
 
-    def _encoded(self, encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame) -> Array:
+    def _encoded(self, encoder: InputEncoder, attributes: pd.DataFrame) -> Array:
         z = encoder(attributes)
         return np.column_stack([z, np.zeros(len(z))]) if self.artefact.activity else z
 

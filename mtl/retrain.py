@@ -24,7 +24,7 @@ from mtl.blocks import CAPPED, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
-from mtl.encode import Activity, Encoder
+from mtl.encode import Activity, Encoder, InputEncoder
 from mtl.engine import SparkEngine, Specification
 from mtl.errors import ConfigError
 from mtl.features import Features, feature_rows
@@ -39,6 +39,7 @@ from mtl.pipeline import PipelineEncoder
 from mtl.prior import Prior, VectorPrior
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
+from mtl.supervised import Supervised
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 from mtl.working import settle
@@ -60,7 +61,7 @@ class Trained:
     loss: Loss
     catalogue: Catalogue
     user_encoder: Encoder
-    input_encoder: Encoder | PipelineEncoder
+    input_encoder: InputEncoder
     input_activity: Activity | None
     user_activity: Activity | None
 
@@ -195,26 +196,36 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     return Trained(engine, fit, form, loss, catalogue, user_encoder, input_encoder, input_activity, user_activity)
 
 
-def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> Encoder | PipelineEncoder:
+def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> InputEncoder:
+    labels = settings.supervised.labels
+    encoder: InputEncoder
+    seen = [name for name in attributes.columns if name not in labels]
     if settings.oracle.pipeline:
         make = load_object("oracle.pipeline", settings.oracle.pipeline)
-        return PipelineEncoder.fit(attributes, kinds, make())
-    used = attributes.iloc[:, :0] if settings.oracle.kind == "identity" else attributes
-    return Encoder.fit(used, settings.encode)
+        encoder = PipelineEncoder.fit(attributes[seen], T.StructType([kinds[name] for name in seen]), make())
+    else:
+        encoder = Encoder.fit(attributes[[] if settings.oracle.kind == "identity" else seen], settings.encode)
+    if not labels:
+        return encoder
+    if settings.oracle.kind == "identity":
+        raise ConfigError("supervised.labels: oracle.kind identity sees no attributes to predict them from")
+    return Supervised.fit(attributes, encoder, settings.supervised)
 
 
-def _form(settings: Settings, n_users: int, n_inputs: int, inputs: Encoder | PipelineEncoder, users: Encoder) -> Form:
+def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder, users: Encoder) -> Form:
     """The form as configured; k as forced, or as many as the data can tell apart up to a maximum.
 
-    What is too many the priors shrink.
+    What is too many the priors shrink. Where other basis functions are given, none are learnt unless k is forced.
     """
     model = settings.model
     multilevel = model.form == "multilevel"
     of_inputs = inputs.linear("model.per_user", model.per_user or (["*"] if multilevel else []))
     if multilevel and not of_inputs:
         raise ConfigError("model.form multilevel needs attributes of inputs: ingest them with jobs/ingest.py --inputs")
-    k = 0 if multilevel else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
-    return Form(k if model.k == "auto" else model.k, of_inputs, users.linear("model.per_input", model.per_input))
+    predicted = inputs.predicted if isinstance(inputs, Supervised) else ()
+    k = 0 if multilevel or predicted else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
+    of_users = users.linear("model.per_input", model.per_input)
+    return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
 
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:

@@ -13,12 +13,14 @@ from pyspark.sql import functions as F
 
 from mtl import blocks, gaussian, schema
 from mtl.arrow import matrix
+from mtl.audit import audit
 from mtl.blocks import EventBlock
 from mtl.config import load_settings
 from mtl.engine import SparkEngine
 from mtl.errors import StateError
 from mtl.features import Features, from_rows
 from mtl.forms import Form
+from mtl.materialize import materialize
 from mtl.models import Model, load_model
 from mtl.retrain import retrain
 from mtl.schema import (
@@ -284,3 +286,26 @@ def test_a_black_box_trains_and_its_stored_functions_predict_the_same(
     np.testing.assert_allclose(model.input_basis(known)[0, 0] + model.mean_label, features.offset[i], atol=1e-9)
     again = load_model(tables, model.version).features_of_new(known.assign(year=2024.0))
     np.testing.assert_array_equal(again.phi, model.features_of_new(known.assign(year=2024.0)).phi)
+
+
+# --- Supervised features ----------------------------------------------------------------------------------------------
+
+
+def test_supervised_features_are_stored_functions_that_new_inputs_without_labels_have_too(tables: Tables) -> None:
+    attributed(tables)
+    report = retrain(tables, settings('supervised.labels=["genres"]', "supervised.min_count=2", "model.k=auto"))
+    model = Trained(tables, report).model
+    encoder = model.artefact.input_encoder
+    assert report["k"] == 0
+    assert encoder.names == ("genres=a", "genres=b", "genres=c")
+    assert model.form == Form(0, encoder.predicted)
+    new = pd.DataFrame({INPUT_ID: ["new"], "year": [1990.0]})
+    tables.append(INPUTS, tables.spark.createDataFrame(new), evolve=True)
+    assert materialize(tables, model) == 1
+    ids, features, _ = Trained(tables, report).features()
+    expected = encoder(new)[0, encoder.predicted]
+    np.testing.assert_allclose(features.phi[ids.index("new"), 1:], expected, atol=1e-12)
+    checks = audit(tables, settings())["checks"]
+    assert checks["features_equal_oracle"]["holds"]
+    assert checks["features_equal_oracle"]["materialized_since"] == 1
+    assert checks["users_equal_scratch"]["holds"]

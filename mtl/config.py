@@ -52,6 +52,7 @@ class IngestSettings(_Section):
 class ModelSettings(_Section):
     form: Literal["shared_basis", "multilevel"]
     loss: Literal["squared", "logistic", "poisson"]
+    implicit_weight: float = Field(ge=0)
     k: AutoOrAny
     per_user: list[str]
     per_input: list[str]

@@ -26,7 +26,7 @@ from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
 from mtl.encode import Activity, Encoder, InputEncoder
 from mtl.engine import SparkEngine, Specification
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, StateError
 from mtl.features import Features, feature_rows
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Posterior
@@ -43,6 +43,7 @@ from mtl.supervised import Supervised
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 from mtl.working import settle
+from mtl.zeros import WithZeros
 
 log = logging.getLogger("mtl")
 
@@ -168,10 +169,15 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
         StateError: there are no events, or all labels are equal.
         ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
-    loss = LOSSES[settings.model.loss]
+    loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
+    if zero_weight and not loss.is_quadratic:
+        raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {loss.name}')
+    if zero_weight and settings.train.holdout:
+        raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
+    _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     identity = settings.oracle.kind == "identity"
@@ -186,13 +192,19 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     rows = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
 
     totals = user_totals(rows)
+    if zero_weight:
+        catalogue = catalogue.with_zeros(totals.n_users, zero_weight)
     user_activity = totals.activity() if input_activity else None
     form = _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder)
     mu, seed = loss.link(catalogue.mean_label), settings.train.seed
-    specification = Specification(described, form, loss, mu, catalogue.trained.squared_labels, seed, user_activity)
+    squares = catalogue.trained.squared_labels
+    specification = Specification(described, form, loss, mu, squares, seed, user_activity, zero_weight)
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
     fit = _fit(engine, settings, specification, totals.gram_with(user_activity), catalogue)
+    if zero_weight:
+        assert isinstance(engine, SparkEngine)
+        fit = replace(fit, users=WithZeros.of(fit.users, engine.features, zero_weight))
     return Trained(engine, fit, form, loss, catalogue, user_encoder, input_encoder, input_activity, user_activity)
 
 
@@ -226,6 +238,12 @@ def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder,
     k = 0 if multilevel or predicted else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
     of_users = users.linear("model.per_input", model.per_input)
     return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
+
+
+def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
+    n, label = catalogue.n_events, catalogue.label_max
+    if label == catalogue.label_min and not (beside_zeros and label):
+        raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
 
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:

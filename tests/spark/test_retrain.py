@@ -119,8 +119,9 @@ def block_rows(spark: SparkSession, parts: list[EventBlock], partitions: int) ->
     return spark.createDataFrame(rows, blocks.DDL).repartition(partitions).persist()
 
 
-def assert_trains_the_same(problem: Problem, rows: DataFrame, loss: str = "squared") -> None:
+def assert_trains_the_same(problem: Problem, rows: DataFrame, loss: str = "squared", zero_weight: float = 0.0) -> None:
     local = problem.engine(2, loss=loss)
+    local.specification = replace(local.specification, zero_weight=zero_weight)
     distributed = SparkEngine(rows, local.specification)
     fits = [problem.train(2, Schedule(3), engine=engine, loss=loss) for engine in (local, distributed)]
     distributed.close()
@@ -141,6 +142,12 @@ def test_working_values_in_spark_are_those_of_this_process(spark: SparkSession, 
     counts = replace(PROBLEM, label=np.clip(np.round(PROBLEM.label - 2), 0, 1 if loss == "logistic" else None))
     users = np.arange(len(PROBLEM.user_attributes))
     assert_trains_the_same(counts, block_rows(spark, [counts.block(users[users % 2 == i]) for i in range(2)], 2), loss)
+
+
+def test_zeros_of_all_pairs_in_spark_are_those_of_this_process(spark: SparkSession) -> None:
+    users = np.arange(len(PROBLEM.user_attributes))
+    rows = block_rows(spark, [PROBLEM.block(users[users % 2 == i]) for i in range(2)], 2)
+    assert_trains_the_same(PROBLEM, rows, zero_weight=0.1)
 
 
 def test_partitions_without_users_and_blocks_without_events_change_nothing(spark: SparkSession) -> None:

@@ -65,6 +65,9 @@ class TrainSettings(_Section):
     holdout: float = Field(ge=0, lt=1)
     patience: int = Field(ge=1)
     max_events_per_user: int = Field(ge=0)
+    warm_start: bool
+    lock: list[Literal["features", "users"]]
+    checkpoint: str
     partitions: int = Field(ge=0)
     reduction: Literal["auto", "driver", "distributed"]
     driver_limit_mb: int = Field(ge=1)

@@ -94,6 +94,14 @@ class DistributedEngine:
 
     held_out = 0.0
 
+    @property
+    def inputs(self) -> Posterior:
+        raise ConfigError('train.checkpoint works with train.reduction = "driver" only')
+
+    @inputs.setter
+    def inputs(self, vectors: Posterior) -> None:
+        raise ConfigError('train.checkpoint works with train.reduction = "driver" only')
+
     def train_on_all(self, squared_labels: float) -> None:
         raise ConfigError('train.holdout works with train.reduction = "driver" only')
 

@@ -8,6 +8,7 @@ Spark partitions and the inputs on the driver; `mtl.distributed` keeps both in S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import cloudpickle
 import numpy as np
 import pyarrow as pa
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
@@ -33,6 +34,8 @@ _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
 _START_CHUNK = 1024  # inputs that share one random stream
 
+_ADAPTIVE = "spark.sql.adaptive.enabled"
+
 _SUMS = pa.schema([(name, pa.binary()) for name in ("seen", "second", "first", "rest")])
 _STATE = pa.schema([field for field in blocks.ARROW_SCHEMA if field.name != "users"])
 
@@ -42,6 +45,14 @@ FeatureWork = Callable[[int, Posterior, Array], pa.Table]
 
 UserWork = Callable[[EventBlock, Features, Any], Iterator[pa.Table]]
 """(block, features of the inputs it saw, arguments) → rows."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Inputs that training begins from instead of at random."""
+
+    places: np.ndarray  # catalogue indices, sorted, (m,)
+    vectors: Posterior  # (m, d)
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,14 @@ class Specification:
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     activity: Activity | None = None  # of the users, where it is one of their attributes
+    known: Known | None = None
     zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
 
     def start(self, first: int, n: int) -> Posterior:
-        """The inputs ``first`` … ``first + n`` before anything is learnt: offset 0 and random factors, whoever holds them."""
+        """The inputs ``first`` … ``first + n`` before anything is learnt, whoever holds them.
+
+        Offset 0 and random factors, but for those that are known from an earlier version.
+        """
         chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
         shape = (_START_CHUNK, self.form.k)
         drawn = [np.random.default_rng([self.seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
@@ -68,7 +83,12 @@ class Specification:
         mean[:, 1 : 1 + self.form.k] = np.concatenate(drawn)[skip : skip + n]
         covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
         learnt = Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
-        return given.whole(learnt, given.of(self.attributes[first : first + n]))
+        start = given.whole(learnt, given.of(self.attributes[first : first + n]))
+        if self.known is not None:
+            within = slice(*np.searchsorted(self.known.places, [first, first + n]))
+            for values, known in zip(start, self.known.vectors, strict=True):
+                values[self.known.places[within] - first] = known[within]
+        return start
 
 
 class Engine(Protocol):
@@ -83,6 +103,9 @@ class Engine(Protocol):
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         """The inputs' prior with its oracle fitted to what the users' posteriors say."""
+
+    inputs: Posterior
+    """The inputs' posteriors, (inputs, d)."""
 
     held_out: float
     """Summed surprise of the events held out, after the last users' half-step."""
@@ -311,11 +334,13 @@ class SparkEngine(LocalEngine):
         broadcast = self.rows.sparkSession.sparkContext.broadcast(step)
         columns = [*_SUMS.names, *(_STATE.names if keep else ())]
         passed = self.state.mapInArrow(_step_in_arrow(broadcast, keep), ", ".join(f"{name} binary" for name in columns))
-        if keep:
-            passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
-            self.persisted = [*self.persisted, passed]
+        with _not_adapted(self.rows.sparkSession):
+            if keep:
+                passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
+                self.persisted = [*self.persisted, passed]
+            said = passed.select(*_SUMS.names).toArrow()
         d = step.features.phi.shape[1]
-        for batch in passed.select(*_SUMS.names).toArrow().to_batches():
+        for batch in said.to_batches():
             for seen, second, first, rest in zip(*batch.columns, strict=True):
                 index = np.frombuffer(seen.as_buffer(), np.int32)
                 # The widths are spelt out for a block without events, whose buffers are empty.
@@ -343,6 +368,20 @@ class SparkEngine(LocalEngine):
                     yield from rows.to_batches()
 
         return self.rows.mapInArrow(partition, ddl)
+
+
+@contextmanager
+def _not_adapted(spark: SparkSession) -> Iterator[None]:
+    """Plans made within are not adaptive: a pass has no shuffle to adapt, and an adaptive plan holds what it reads twice.
+
+    A persisted state's plan holds that of the state before it, so n passes would cost 2ⁿ in memory and time.
+    """
+    before = spark.conf.get(_ADAPTIVE)
+    spark.conf.set(_ADAPTIVE, "false")
+    try:
+        yield
+    finally:
+        spark.conf.set(_ADAPTIVE, before)
 
 
 def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mtl import gaussian, schema
 from mtl.arrow import lists, matrix
-from mtl.gaussian import Array
+from mtl.gaussian import Array, Posterior
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class Features:
         offset_phi = offset[:, None] * phi
         offset_phi[:, 1:] += gaussian.row(covariance, d, 0)[:, 1:]
         return cls(offset, phi, second_moment, offset_phi, covariance[:, 0].copy())
+
+    def vectors(self, mu: float) -> Posterior:
+        """The posteriors that :meth:`of` was given, their determinants left open."""
+        n, d = self.phi.shape
+        mean = self.phi.copy()
+        mean[:, 0] = self.offset - mu
+        covariance = self.second_moment - gaussian.outer(self.phi)
+        covariance[:, :d] = self.offset_phi - self.offset[:, None] * self.phi
+        covariance[:, 0] = self.offset_variance
+        return Posterior(mean, covariance, np.full(n, np.nan))
 
     def __len__(self) -> int:
         return len(self.offset)

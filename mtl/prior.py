@@ -146,3 +146,39 @@ class Prior:
         explained = moments.cross.T @ B
         scatter = moments.second - explained - explained.T + B.T @ self._regularized_gram() @ B
         return (scatter + scatter.T) / 2
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A prior that training leaves as it is."""
+
+    prior: VectorPrior
+
+    @property
+    def covariance(self) -> Array:
+        return self.prior.covariance
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.prior.counts
+
+    def mean(self, attributes: Array) -> Array:
+        return self.prior.mean(attributes)
+
+    def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
+        return self.prior.conditional(precision, information, mean, noise)
+
+    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
+        return self.prior.posteriors(precision, information, attributes, noise)
+
+    def moments(self, vectors: Posterior, attributes: Array) -> Moments:
+        return self.prior.moments(vectors, attributes)
+
+    def learn(self, moments: Moments) -> Locked:
+        return self
+
+    def divergence(self, moments: Moments) -> float:
+        return self.prior.divergence(moments)
+
+    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> Locked:
+        return self

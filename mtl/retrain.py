@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from tqdm import tqdm
 
-from mtl import gaussian, models, schema
+from mtl import blocks, gaussian, models, schema
 from mtl.arrow import lists
 from mtl.basis import OracleBasis
 from mtl.blocks import CAPPED, HELD_OUT, EventBlock
@@ -25,10 +25,10 @@ from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
 from mtl.encode import Activity, Encoder, InputEncoder
-from mtl.engine import SparkEngine, Specification
+from mtl.engine import Known, SparkEngine, Specification
 from mtl.errors import ConfigError, StateError
-from mtl.features import Features, feature_rows
-from mtl.forms import Form, partly_given
+from mtl.features import Features, feature_rows, from_rows
+from mtl.forms import Form, Given, partly_given
 from mtl.gaussian import Posterior
 from mtl.losses import LOSSES, Loss
 from mtl.models import Artefact, Model
@@ -36,14 +36,15 @@ from mtl.oracle import make_oracle
 from mtl.oracle.imports import load_object
 from mtl.partitions import encode_users, partition_events, user_totals
 from mtl.pipeline import PipelineEncoder
-from mtl.prior import Prior, VectorPrior
+from mtl.prior import Locked, Prior, VectorPrior
+from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.supervised import Supervised
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 from mtl.working import settle
-from mtl.zeros import WithZeros
+from mtl.zeros import WithZeros, without_zeros
 
 log = logging.getLogger("mtl")
 
@@ -60,16 +61,12 @@ class Trained:
     fit: Fit
     form: Form
     loss: Loss
+    mu: float  # μ, what h is centred on
     catalogue: Catalogue
     user_encoder: Encoder
     input_encoder: InputEncoder
     input_activity: Activity | None
     user_activity: Activity | None
-
-    @property
-    def mu(self) -> float:
-        """μ, what h is centred on."""
-        return self.loss.link(self.catalogue.mean_label)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -123,6 +120,39 @@ class Trained:
         return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
 
 
+@dataclass(frozen=True)
+class Live:
+    """An earlier version that a training begins from, or keeps a part of."""
+
+    model: Model
+    features: DataFrame  # its rows
+
+    def known(self, catalogue: Catalogue, form: Form, mu: float, described: np.ndarray, complete: bool) -> Known | None:
+        """Its features as vectors to start from; None where its form is another.
+
+        Args:
+            described: attributes of all inputs of the catalogue in its own encoding, used where the start is to be
+                ``complete``: an input without features then has what its oracle says.
+        """
+        if self.model.form != form:
+            log.info("retrain: the live version has another form: a cold start")
+            return None
+        rows = self.features.toArrow()
+        places = blocks.index_of(rows[INPUT_ID], catalogue.ids)
+        order = np.argsort(places)
+        order = order[places[order] >= 0]
+        known = Posterior(*(part[order] for part in from_rows(rows, form.d).vectors(mu)))
+        if not complete:
+            return Known(places[order], known)
+        prior = self.model.artefact.inputs
+        n = len(described)
+        covariance = np.tile(gaussian.pack(prior.covariance), (n, 1))
+        vectors = Posterior(prior.mean(described), covariance, np.full(n, np.nan))
+        for values, of_known in zip(vectors, known, strict=True):
+            values[places[order]] = of_known
+        return Known(np.arange(n), vectors)
+
+
 def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[str, Any]:
     """Train a new model version over all events and write its features, its users and its row in models, in this order.
 
@@ -138,6 +168,8 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
         tables.read(schema.INPUTS, inputs_version),
         tables.read(schema.USER_ATTRIBUTES),
         settings,
+        _live(tables, settings.train),
+        Checkpoint.of(settings.train.checkpoint, settings, str(tables.root), events_version, inputs_version),
     )
     try:
         version = models.next_version(tables)
@@ -157,13 +189,29 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     return {"model_version": version, "status": status, **result, "objective": list(objective)}
 
 
-def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Settings) -> Trained:
-    """Fit users, inputs and priors over all events; nothing is written.
+def _live(tables: Tables, settings: TrainSettings) -> Live | None:
+    if not settings.lock and not (settings.warm_start and models.has_live(tables)):
+        return None
+    model = models.load_model(tables)
+    return Live(model, tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == model.version))
+
+
+def train(
+    events: DataFrame,
+    inputs: DataFrame,
+    users: DataFrame,
+    settings: Settings,
+    live: Live | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Fit users, inputs and priors over all events; nothing is written but the checkpoint.
 
     Args:
         events: user_id, input_id, label, weight.
         inputs: input_id and the attributes of inputs; an input may be missing.
         users: user_id and the attributes of users; likewise.
+        live: the version to begin from, or of which a part is kept.
+        checkpoint: where a training that is interrupted goes on from, with ``train.checkpoint``.
 
     Raises:
         StateError: there are no events, or all labels are equal.
@@ -181,12 +229,18 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     identity = settings.oracle.kind == "identity"
-    input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
-    input_activity = catalogue.activity() if settings.encode.activity and not identity else None
+    kept = live.model if live and "features" in settings.train.lock else None
+    if kept:
+        input_encoder, input_activity = kept.artefact.input_encoder, kept.artefact.activity
+    else:
+        input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
+        input_activity = catalogue.activity() if settings.encode.activity and not identity else None
     described = describe_inputs(catalogue, attributes, input_encoder, input_activity)
 
     sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
     user_encoder = Encoder.fit(sample, settings.encode)
+    if live and "users" in settings.train.lock:
+        user_encoder = live.model.artefact.user_encoder
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
     n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
     rows = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
@@ -195,17 +249,33 @@ def train(events: DataFrame, inputs: DataFrame, users: DataFrame, settings: Sett
     if zero_weight:
         catalogue = catalogue.with_zeros(totals.n_users, zero_weight)
     user_activity = totals.activity() if input_activity else None
-    form = _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder)
-    mu, seed = loss.link(catalogue.mean_label), settings.train.seed
-    squares = catalogue.trained.squared_labels
-    specification = Specification(described, form, loss, mu, squares, seed, user_activity, zero_weight)
+    form, mu = (
+        _form(settings, totals.n_users, len(catalogue.ids), input_encoder, user_encoder),
+        loss.link(catalogue.mean_label),
+    )
+    if kept:
+        form, mu = kept.form, kept.mean_label
+    specification = Specification(
+        attributes=described,
+        form=form,
+        loss=loss,
+        mu=mu,
+        squared_labels=catalogue.trained.squared_labels,
+        seed=settings.train.seed,
+        activity=user_activity,
+        known=live.known(catalogue, form, mu, described, complete=kept is not None) if live else None,
+        zero_weight=zero_weight,
+    )
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
-    fit = _fit(engine, settings, specification, totals.gram_with(user_activity), catalogue)
+    gram = totals.gram_with(user_activity)
+    fit = _fit(
+        engine, settings, specification, gram, catalogue, live, checkpoint if settings.train.checkpoint else None
+    )
     if zero_weight:
         assert isinstance(engine, SparkEngine)
         fit = replace(fit, users=WithZeros.of(fit.users, engine.features, zero_weight))
-    return Trained(engine, fit, form, loss, catalogue, user_encoder, input_encoder, input_activity, user_activity)
+    return Trained(engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, input_activity, user_activity)
 
 
 def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> InputEncoder:
@@ -285,8 +355,10 @@ def _fit(
     specification: Specification,
     user_gram: np.ndarray,
     catalogue: Catalogue,
+    live: Live | None,
+    checkpoint: Checkpoint | None,
 ) -> Fit:
-    form = specification.form
+    form, lock = specification.form, settings.train.lock
     d_users, d_inputs = len(form.users.learnt), len(form.inputs.learnt)
     oracle = make_oracle(settings.oracle)
     users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
@@ -297,21 +369,38 @@ def _fit(
         inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual)
     else:
         inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
-    priors = partly_given(users, form.users), partly_given(inputs, form.inputs)
+    if live and specification.known:
+        users = _from_covariance(users, live.model.artefact.users.covariance, form.users)
+        inputs = _from_covariance(inputs, live.model.artefact.inputs.covariance, form.inputs)
+    users, inputs = partly_given(users, form.users), partly_given(inputs, form.inputs)
+    if live and "users" in lock:
+        users = Locked(without_zeros(live.model.artefact.users))
+    if live and "features" in lock:
+        inputs = Locked(live.model.artefact.inputs)
+    noise = live.model.noise if live and specification.known else None
+
+    def run(schedule: Schedule, checkpoint: Checkpoint | None = None) -> Fit:
+        return _alternate(engine, users, inputs, specification.loss, catalogue, schedule, noise, checkpoint)
+
     limit, tolerance = settings.train.max_iterations, settings.train.tolerance
     if settings.train.iterations != "auto":
         schedule = Schedule(settings.train.iterations)
     elif not settings.train.holdout:
         schedule = Schedule(limit, tolerance)
     else:
-        tried = _alternate(
-            engine, *priors, specification.loss, catalogue, Schedule(limit, patience=settings.train.patience)
-        )
-        schedule = Schedule(tried.best)
+        schedule = Schedule(run(Schedule(limit, patience=settings.train.patience)).best)
     if settings.train.holdout:
         engine.train_on_all(catalogue.kept.squared_labels)
         catalogue = replace(catalogue, trained=catalogue.kept)
-    return _alternate(engine, *priors, specification.loss, catalogue, schedule)
+    fit = run(schedule, checkpoint)
+    learnt = (prior.prior if isinstance(prior, Locked) else prior for prior in (fit.users, fit.inputs))
+    return replace(fit, **dict(zip(("users", "inputs"), learnt, strict=True)))  # type: ignore[arg-type]
+
+
+def _from_covariance(prior: VectorPrior, covariance: np.ndarray, given: Given) -> VectorPrior:
+    """``prior`` begun from an earlier version's covariance (d, d), where both have one."""
+    learnt = covariance[np.ix_(given.learnt, given.learnt)]
+    return replace(prior, covariance=learnt) if prior.covariance.any() and learnt.any() else prior  # type: ignore[type-var]
 
 
 def _alternate(
@@ -321,8 +410,13 @@ def _alternate(
     loss: Loss,
     catalogue: Catalogue,
     schedule: Schedule,
+    noise: float | None,
+    checkpoint: Checkpoint | None,
 ) -> Fit:
-    """:func:`mtl.train.alternate` with its progress shown."""
+    """:func:`mtl.train.alternate` with its progress shown and saved."""
+    resume = checkpoint.load(inputs) if checkpoint else None
+    if resume:
+        engine.inputs = resume.vectors
     with tqdm(total=schedule.iterations, desc="retrain", unit="pass", disable=None) as bar:
 
         def report(iteration: int, objective: float) -> None:
@@ -331,4 +425,20 @@ def _alternate(
             log.info("retrain: iteration %d, objective %.3f", iteration, objective)
 
         n, variance = catalogue.trained.n, catalogue.label_variance
-        return alternate(engine, users, inputs, loss, n, variance, schedule, report)
+        fit = alternate(
+            engine,
+            users,
+            inputs,
+            loss,
+            n,
+            variance,
+            schedule,
+            report,
+            start_noise=noise,
+            locked=isinstance(inputs, Locked),
+            resume=resume,
+            save=checkpoint.save if checkpoint else None,
+        )
+    if checkpoint:
+        checkpoint.remove()
+    return fit

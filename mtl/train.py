@@ -15,10 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mtl.engine import Engine
+from mtl.gaussian import Posterior
 from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
 
@@ -31,6 +33,7 @@ START_NOISE = (
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
 _ROUNDING = 1e-9  # of the objective: a rise by less is none
 _SMALLEST_STEP = 1 / 32
+_RESUMING_STEPS = 10  # of the users, after which working values, which a state does not hold, are back
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,19 @@ class Fit:
     def best(self) -> int:
         """The number of iterations, at least 1, after which the events held out were predicted best."""
         return 1 + int(np.argmin(self.held_out[1:])) if len(self.held_out) > 1 else self.iterations
+
+
+class State(NamedTuple):
+    """Where a training stands after some iterations: what it goes on from."""
+
+    iteration: int
+    vectors: Posterior  # of the inputs, (inputs, d)
+    users: VectorPrior  # before the users' half-step that is next
+    inputs: VectorPrior
+    noise: float
+    objective: list[float]
+    held_out: list[float]
+    previous: float  # the objective an iteration ago
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,10 @@ def alternate(
     label_variance: float,
     schedule: Schedule,
     report: Callable[[int, float], None] = lambda iteration, objective: None,
+    start_noise: float | None = None,
+    locked: bool = False,
+    resume: State | None = None,
+    save: Callable[[State], None] | None = None,
 ) -> Fit:
     """Train by oracle-mtl.
 
@@ -88,27 +108,40 @@ def alternate(
         n_events: number of events, zeros of implicit feedback among them.
         label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
+        start_noise: σ² to start from, an earlier version's.
+        locked: whether the inputs stay as the engine has them, and only the users' prior and the noise are learnt.
+        resume: go on from here; the engine holds its vectors.
+        save: called with the state after every iteration.
     """
-    noise = START_NOISE * label_variance if loss.is_quadratic else 1.0
+    noise = 1.0
+    if loss.is_quadratic:
+        noise = START_NOISE * label_variance if start_noise is None else start_noise
     floor = _NOISE_FLOOR * label_variance
     trace: list[float] = []
     held_out: list[float] = []
+    step, damped, iteration, previous = 1.0, 0, 0, np.inf
+    if resume:
+        iteration, _, users, inputs, noise, trace, held_out, previous = resume
 
     def objective(deviance: float) -> float:
         normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
-        divergence = users.divergence(user_moments) + inputs.divergence(input_moments)
+        divergence = users.divergence(user_moments) + (0.0 if locked else inputs.divergence(input_moments))
         return float(normalizer + deviance / (2 * noise) + divergence)
 
     def update_inputs() -> tuple[VectorPrior, Moments, float, float]:
         """The inputs' half-step: prior, moments, noise, deviance."""
+        if locked:
+            moments, deviance = Moments.zero(0, 0), user_deviance
+            return inputs, moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
         refitted = engine.refit(inputs, noise)
         moments, deviance = engine.update_inputs(refitted, noise, step)
         return refitted.learn(moments), moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
 
-    step, damped, iteration, previous = 1.0, 0, 0, np.inf
-    user_moments, deviance = engine.update_users(users, noise)
+    for _ in range(_RESUMING_STEPS if resume and not loss.is_quadratic else 1):
+        user_moments, user_deviance = engine.update_users(users, noise)
     users = users.learn(user_moments)
-    held_out.append(engine.held_out)
+    if not resume:
+        held_out.append(engine.held_out)
     while True:
         kept = engine.snapshot(), users, inputs, noise, user_moments, len(trace)
         inputs, input_moments, noise, deviance = update_inputs()
@@ -122,9 +155,10 @@ def alternate(
             previous = trace[-1]
         if iteration == schedule.iterations:
             break
-        user_moments, deviance = engine.update_users(users, noise, step)
+        before = users
+        user_moments, user_deviance = engine.update_users(users, noise, step)
         users = users.learn(user_moments)
-        reached = objective(deviance)
+        reached = objective(user_deviance)
         if trace and reached > trace[-1] + _ROUNDING * abs(trace[-1]):
             snapshot, users, inputs, noise, user_moments, length = kept
             engine.restore(snapshot)
@@ -135,8 +169,11 @@ def alternate(
             continue
         trace.append(reached)
         held_out.append(engine.held_out)
+        if save:
+            save(State(iteration, engine.inputs, before, inputs, noise, [*trace], [*held_out], previous))
         if schedule.is_overfit(held_out):
             break
         step = min(1.0, 2 * step)
-    engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
+    if not locked:
+        engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
     return Fit(users, inputs, noise, tuple(trace), iteration, damped, tuple(held_out))

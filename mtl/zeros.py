@@ -70,6 +70,10 @@ class WithZeros:
         return replace(self, prior=self.prior.refit(*evidence, attributes, noise))
 
 
+def without_zeros(prior: VectorPrior) -> VectorPrior:
+    return prior.prior if isinstance(prior, WithZeros) else prior
+
+
 def zeros_of(users: Posterior) -> Array:
     """Σ_u E[w̃w̃ᵀ] with w̃ = [1, w_u], packed (e(e+1)/2,): what a zero of weight 1 of each of the users says to an input."""
     mean = np.column_stack([np.ones(len(users.mean)), users.mean])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from sklearn.tree import DecisionTreeRegressor
 from mtl import alternation, gaussian
 from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import HELD_OUT, TRAINED, build, from_arrow, to_arrow
-from mtl.engine import LocalEngine
+from mtl.engine import Known, LocalEngine
 from mtl.features import Features
+from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
-from mtl.train import Fit, Schedule
+from mtl.prior import Locked
+from mtl.resume import Checkpoint
+from mtl.train import Fit, Schedule, State, alternate
 
 problems = st.builds(
     planted,
@@ -308,3 +312,93 @@ def test_patience_stops_and_the_best_number_of_iterations_is_known() -> None:
     schedule = Schedule(30, patience=2)
     assert not schedule.is_overfit([5.0, 3.0, 4.0])
     assert schedule.is_overfit([5.0, 3.0, 4.0, 4.0])
+
+
+# --- Beginning elsewhere than at random -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("oracle", [None, fit_ridge])
+def test_a_resumed_training_goes_on_as_if_nothing_had_happened(oracle: Oracle | None, tmp_path: Path) -> None:
+    problem, schedule = planted(13, events=150), Schedule(6)
+    checkpoint = Checkpoint(tmp_path / "state", "key")
+    whole = problem.train(2, schedule, oracle)
+
+    class Killed(Exception):
+        pass
+
+    def dies(state: State) -> None:
+        checkpoint.save(state)
+        if state.iteration == 3:
+            raise Killed
+
+    def run(engine: LocalEngine, resume: State | None, save) -> Fit:
+        priors = problem.user_prior(2), problem.input_prior(2, oracle)
+        return alternate(
+            engine, *priors, LOSSES["squared"], len(problem), problem.label_variance, schedule, resume=resume, save=save
+        )
+
+    with pytest.raises(Killed):
+        run(problem.engine(2), None, dies)
+    engine = problem.engine(2)
+    resume = checkpoint.load(problem.input_prior(2, oracle))
+    engine.inputs = resume.vectors
+    again = run(engine, resume, None)
+    assert again.iterations == whole.iterations
+    np.testing.assert_allclose(again.objective, whole.objective, rtol=1e-12)
+    assert replace(checkpoint, key="of other data").load(problem.input_prior(2, oracle)) is None
+
+
+def test_a_warm_start_is_where_the_earlier_training_ended() -> None:
+    problem = planted(14, events=200)
+    engine = problem.engine(2)
+    first = problem.train(2, Schedule(30), engine=engine)
+    vectors = engine.features.vectors(engine.specification.mu)
+    np.testing.assert_allclose(vectors.mean, engine.inputs.mean, atol=1e-12)
+    np.testing.assert_allclose(vectors.covariance, engine.inputs.covariance, atol=1e-12)
+    known = Known(np.arange(len(vectors.mean)), vectors)
+    warm = LocalEngine(engine.partitions, replace(engine.specification, known=known))
+    priors = [
+        replace(prior, covariance=learnt.covariance)
+        for prior, learnt in ((problem.user_prior(2), first.users), (problem.input_prior(2), first.inputs))
+    ]
+    again = alternate(
+        warm,
+        *priors,
+        LOSSES["squared"],
+        len(problem),
+        problem.label_variance,
+        Schedule(3),
+        start_noise=first.noise,
+    )
+    cold = problem.train(2, Schedule(3))
+    assert again.objective[-1] < cold.objective[-1]
+    assert again.objective[-1] == pytest.approx(first.objective[-1], rel=0.02)
+
+
+def test_locked_features_stay_and_the_users_prior_is_learnt() -> None:
+    problem = planted(15, events=200)
+    engine = problem.engine(2)
+    fit = problem.train(2, Schedule(10), engine=engine)
+    before = engine.inputs.mean.copy()
+    again = alternate(
+        engine,
+        problem.user_prior(2),
+        Locked(fit.inputs),
+        LOSSES["squared"],
+        len(problem),
+        problem.label_variance,
+        Schedule(5),
+        locked=True,
+    )
+    np.testing.assert_array_equal(engine.inputs.mean, before)
+    assert (np.diff(again.objective) <= 1e-9 * np.abs(again.objective[:-1])).all()
+    kept = alternate(
+        engine,
+        Locked(fit.users),
+        fit.inputs,
+        LOSSES["squared"],
+        len(problem),
+        problem.label_variance,
+        Schedule(2),
+    )
+    assert kept.users.prior is fit.users

@@ -150,6 +150,25 @@ def test_zeros_of_all_pairs_in_spark_are_those_of_this_process(spark: SparkSessi
     assert_trains_the_same(PROBLEM, rows, zero_weight=0.1)
 
 
+def test_plans_of_logistic_passes_grow_by_a_pass_each_and_do_not_double(spark: SparkSession) -> None:
+    labels = replace(PROBLEM, label=np.clip(np.round(PROBLEM.label - 2), 0, 1))
+    adaptive = "spark.sql.adaptive.enabled"
+    before = spark.conf.get(adaptive)
+    spark.conf.set(adaptive, "true")  # Spark's own default
+    try:
+        engine = SparkEngine(block_rows(spark, [labels.block()], 1), labels.specification(1, "logistic"))
+        lengths = []
+        for _ in range(4):
+            engine.update_users(labels.user_prior(1), 1.0)
+            lengths.append(len(engine.state._jdf.queryExecution().toString()))
+        engine.close()
+        assert spark.conf.get(adaptive) == "true"
+    finally:
+        spark.conf.set(adaptive, before)
+    grown = np.diff(lengths)
+    assert grown[-1] < 1.5 * grown[0]
+
+
 def test_partitions_without_users_and_blocks_without_events_change_nothing(spark: SparkSession) -> None:
     events = PROBLEM.take(PROBLEM.user < 24)
     rows = block_rows(spark, [events.block(np.arange(24)), events.block(np.array([24]))], 5)

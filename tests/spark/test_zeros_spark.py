@@ -35,8 +35,13 @@ def filled(tables: Tables) -> Tables:
     return tables
 
 
+def zeros_of(tables: Tables, model: Model) -> tuple[Array, Array]:
+    known = features.from_rows(features_of(tables, model).toArrow(), model.d)
+    return ZERO_WEIGHT * known.second_moment.sum(0), -ZERO_WEIGHT * known.offset_phi.sum(0)
+
+
 def assert_users_have_their_sums_and_the_zeros(tables: Tables, model: Model, zeros: tuple[Array, Array]) -> None:
-    found = tables.read(USERS).toArrow()
+    found = tables.read(USERS).where(F.col(schema.MODEL_VERSION) == model.version).toArrow()
     d, noise, S = model.d, model.noise, np.linalg.inv(model.artefact.users.covariance)
     a, b, w, mean = (
         matrix(found[name], width)
@@ -62,8 +67,7 @@ def test_users_and_stream_keep_plain_sums_and_weights_that_know_the_zeros(tables
     assert model.mean_label == pytest.approx(of_events / (of_events + ZERO_WEIGHT * users * inputs))
     assert (model.label_min, model.label_max) == (0, 1)
 
-    known = features.from_rows(features_of(tables, model).toArrow(), model.d)
-    zeros = ZERO_WEIGHT * known.second_moment.sum(0), -ZERO_WEIGHT * known.offset_phi.sum(0)
+    zeros = zeros_of(tables, model)
     assert_users_have_their_sums_and_the_zeros(tables, model, zeros)
     nobody = tables.read(USERS).where(F.col(USER_ID) == "u90").first()
     assert not np.any(nobody[schema.A])
@@ -83,6 +87,15 @@ def test_users_and_stream_keep_plain_sums_and_weights_that_know_the_zeros(tables
     pairs = pd.DataFrame({USER_ID: ["new", "nobody"], INPUT_ID: ["x0", "x0"], WEIGHT: 1.0})
     scored = score(tables, model, tables.spark.createDataFrame(pairs)).toPandas()
     assert np.isfinite(scored[PREDICTION]).all()
+
+
+def test_a_locked_users_prior_gets_the_zeros_of_its_new_features_once(tables: Tables) -> None:
+    implicit = (f"model.implicit_weight={ZERO_WEIGHT}", "train.iterations=2")
+    retrain(filled(tables), settings(*implicit))
+    retrain(tables, settings(*implicit, 'train.lock=["users"]'))
+    first, second = load_model(tables, 1), load_model(tables, 2)
+    np.testing.assert_array_equal(second.artefact.users.covariance, first.artefact.users.covariance)
+    assert_users_have_their_sums_and_the_zeros(tables, second, zeros_of(tables, second))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Catalogue:
     n_events: int
     total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
-    label_variance: float  # Σ c (y − μ)² / n_events
+    label_variance: float  # Σ c (y − μ)² / n, over events and zeros
     trained: Totals  # of the events that θ is trained on
     kept: Totals  # of these and the events held out
     label_min: float

@@ -115,28 +115,25 @@ def choose_labels(frame: pd.DataFrame, settings: SupervisedSettings) -> list[Lab
     Raises:
         ConfigError: there is no such column.
     """
-    found = [label for name in dict.fromkeys(settings.labels) for label in _labels_of(frame, name)]
-    useful = [
-        label for label in found if label.holds.sum() >= settings.min_count and label.holds.sum() < label.known.sum()
-    ]
-    useful.sort(key=lambda label: -label.holds.sum())
-    return useful[: settings.max_labels]
+    found = [label for name in dict.fromkeys(settings.labels) for label in _labels_of(frame, name, settings)]
+    return sorted(found, key=lambda label: -label.holds.sum())[: settings.max_labels]
 
 
-def _labels_of(frame: pd.DataFrame, name: str) -> Iterator[Label]:
+def _labels_of(frame: pd.DataFrame, name: str, settings: SupervisedSettings) -> Iterator[Label]:
     if name not in frame.columns:
         raise ConfigError(
             f"supervised.labels: there is no attribute {name!r}; there are {', '.join(map(str, frame.columns)) or 'none'}"
         )
     known = frame[name].notna().to_numpy()
-    present = frame[name].dropna()
-    many = len(present) > 0 and isinstance(present.iloc[0], (list, tuple, np.ndarray))
+    first = next(iter(frame[name][known]), None)
+    many = isinstance(first, (list, tuple, np.ndarray))
     rows = [frozenset(row) for row in categories(frame[name], many)]
     counts: Counter[Hashable] = Counter(category for row in rows for category in row)
     wanted = sorted(counts, key=lambda category: (-counts[category], str(category)))
     if len(wanted) == 2 and not many:
         wanted = wanted[1:]  # the other is the rest
-    for category in wanted:
+    wanted = [category for category in wanted if settings.min_count <= counts[category] < known.sum()]
+    for category in wanted[: settings.max_labels]:
         yield Label(f"{name}={category}", known, np.array([category in row for row in rows], bool))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from problems import Problem, planted
 from sklearn.metrics import roc_auc_score
 
 from mtl import alternation
 from mtl.basis import Oracle
+from mtl.catalogue import Catalogue, Totals
 from mtl.engine import LocalEngine
 from mtl.forms import Form
 from mtl.losses import LOSSES
@@ -99,6 +101,25 @@ def test_a_zero_weight_of_0_is_explicit_feedback() -> None:
 
 def _unweighted(problem: Problem) -> LocalEngine:
     return LocalEngine(problem.engine(2).partitions, replace(problem.specification(2), zero_weight=0.0))
+
+
+def test_totals_with_zeros_are_those_of_zeros_as_events() -> None:
+    problem = planted(3)
+
+    def totals(of: Problem) -> Catalogue:
+        n, squares = len(of), float(of.weight @ of.label**2)
+        variance = float(of.weight @ (of.label - of.mean_label) ** 2) / n
+        ids = pa.array([str(i) for i in range(len(of.input_attributes))])
+        weight, totals = float(of.weight.sum()), Totals(n, squares)
+        low, high = float(of.label.min()), float(of.label.max())
+        return Catalogue(ids, np.empty(0), n, weight, of.mean_label, variance, totals, totals, low, high)
+
+    found = totals(problem).with_zeros(len(problem.user_attributes), WEIGHT)
+    wanted = totals(with_zeros(problem, WEIGHT))
+    for name in ("mean_label", "label_variance", "label_min", "label_max"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name)), name
+    assert (found.trained, found.kept) == (wanted.trained, wanted.kept)
+    assert found.n_events == len(problem)
 
 
 def test_inputs_that_users_would_choose_rank_above_popular_ones() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -34,19 +34,36 @@ class Catalogue:
     ids: pa.Array  # sorted
     counts: np.ndarray  # events of each input
     n_events: int
+    total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
-    label_variance: float  # Σ c (y − μ)² / n_events
+    label_variance: float  # Σ c (y − μ)² / n, over events and zeros
     trained: Totals  # of the events that θ is trained on
     kept: Totals  # of these and the events held out
     label_min: float
     label_max: float
+
+    def with_zeros(self, n_users: int, weight: float) -> Catalogue:
+        """With an event of label 0 and this weight for each pair of a user and an input (:mod:`mtl.zeros`)."""
+        n = n_users * len(self.ids)
+        total = self.total_weight + weight * n
+        mean = self.mean_label * self.total_weight / total
+        squares = self.label_variance * self.n_events + self.mean_label**2 * self.total_weight
+        return replace(
+            self,
+            mean_label=mean,
+            label_variance=(squares - mean**2 * total) / (self.n_events + n),
+            trained=replace(self.trained, n=self.trained.n + n),
+            kept=replace(self.kept, n=self.kept.n + n),
+            label_min=min(0.0, self.label_min),
+            label_max=max(0.0, self.label_max),
+        )
 
 
 def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue:
     """Totals of the events by input, in one pass, and the ids of all inputs: with events, or among ``known``.
 
     Raises:
-        StateError: there are no events, all labels are equal, or the loss cannot have them.
+        StateError: there are no events, or the loss cannot have their labels.
     """
     c, y = F.col(WEIGHT), F.col(LABEL)
     role = F.col(ROLE) if ROLE in events.columns else F.lit(blocks.TRAINED)
@@ -66,8 +83,6 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
     if totals.empty:
         raise StateError("there are no events to train on: run jobs/ingest.py first")
     lowest, highest = float(totals["min"].min()), float(totals["max"].max())
-    if lowest == highest:
-        raise StateError(f"all {totals['n'].sum()} events have the label {lowest:g}: there is nothing to learn")
     if refusal := loss.refusal(lowest, highest, whole=not totals["broken"].any()):
         raise StateError(
             f"model.loss = {loss.name} cannot be trained on {refusal}: there are {lowest:g} to {highest:g}"
@@ -82,6 +97,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         ids,
         counts,
         n_events=int(counts.sum()),
+        total_weight=weight,
         mean_label=mean,
         label_variance=square / counts.sum() - mean * mean * weight / counts.sum(),
         **of,

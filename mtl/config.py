@@ -52,6 +52,7 @@ class IngestSettings(_Section):
 class ModelSettings(_Section):
     form: Literal["shared_basis", "multilevel"]
     loss: Literal["squared", "logistic", "poisson"]
+    implicit_weight: float = Field(ge=0)
     k: AutoOrAny
     per_user: list[str]
     per_input: list[str]
@@ -103,6 +104,14 @@ class EncodeSettings(_Section):
     text_dimensions: int = Field(ge=1)
 
 
+class SupervisedSettings(_Section):
+    labels: list[str]
+    classifier: str
+    params: dict[str, Any]
+    min_count: int = Field(ge=1)
+    max_labels: int = Field(ge=1)
+
+
 class UpdateSettings(_Section):
     max_files_per_trigger: int = Field(ge=1)
     trigger_seconds: float = Field(ge=0)
@@ -132,6 +141,7 @@ class Settings(_Section):
     oracle: OracleSettings
     function: FunctionSettings
     encode: EncodeSettings
+    supervised: SupervisedSettings
     update: UpdateSettings
     evaluate: EvaluateSettings
     audit: AuditSettings

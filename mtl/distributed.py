@@ -46,13 +46,15 @@ class DistributedEngine:
         shard_inputs: number of inputs in a shard.
 
     Raises:
-        ConfigError: the loss is not squared; (from ``refit``) the oracle is neither identity nor linear, for a black box
-            is fitted on the driver.
+        ConfigError: the loss is not squared, or feedback implicit; (from ``refit``) the oracle is neither identity nor
+            linear, for a black box is fitted on the driver.
     """
 
     def __init__(self, rows: DataFrame, specification: Specification, shard_inputs: int = SHARD_INPUTS):
         if not specification.loss.is_quadratic:
             raise ConfigError(f'{specification.loss.name} loss is trained with train.reduction = "driver" only')
+        if specification.zero_weight:
+            raise ConfigError('model.implicit_weight works with train.reduction = "driver" only')
         self.spark, self.rows = rows.sparkSession, rows
         self.blocks = rows.withColumn(_PARTITION, F.spark_partition_id())
         self.specification = replace(specification, attributes=specification.attributes[:0])  # what is sent around

@@ -43,6 +43,17 @@ class ColumnEncoder(Protocol):
         """One column of n values → (n, m) numbers."""
 
 
+class InputEncoder(Protocol):
+    """Attribute rows of inputs as numbers, the first of them the constant 1."""
+
+    @property
+    def width(self) -> int: ...
+
+    def linear(self, setting: str, names: Sequence[str]) -> tuple[int, ...]: ...
+
+    def __call__(self, frame: pd.DataFrame, /) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Number:
     """(value, value², missing) with values standardized first, so that the square is one about the mean.
@@ -86,14 +97,14 @@ class Categories:
 
     @classmethod
     def fit(cls, name: str, values: pd.Series, many: bool, settings: EncodeSettings) -> Categories:
-        counts = Counter(category for row in _rows(values, many) for category in row)
+        counts = Counter(category for row in categories(values, many) for category in row)
         frequent = sorted(counts, key=lambda category: (-counts[category], str(category)))[: settings.max_categories]
         return cls(name, tuple(c for c in frequent if counts[c] >= settings.min_category_count), many)
 
     def __call__(self, values: pd.Series) -> Array:
         place = {category: j for j, category in enumerate(self.known)}
         encoded = np.zeros((len(values), len(place) + 1))
-        for i, row in enumerate(_rows(values, self.many)):
+        for i, row in enumerate(categories(values, self.many)):
             for category in row:
                 encoded[i, place.get(category, -1)] = 1.0
         return encoded
@@ -217,7 +228,7 @@ def _numbers(values: pd.Series) -> Array:
     return pd.to_numeric(values, errors="coerce").to_numpy(float)
 
 
-def _rows(values: pd.Series, many: bool) -> Iterable[Iterable[Hashable]]:
+def categories(values: pd.Series, many: bool) -> Iterable[Iterable[Hashable]]:
     """The categories of each row, none where the value is missing."""
     one: Callable = (
         # A missing list is None in a column and NaN after a join.

@@ -27,6 +27,7 @@ from mtl.gaussian import Array, Posterior
 from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
 from mtl.working import beliefs
+from mtl.zeros import WithZeros, zeros_of
 
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
@@ -64,6 +65,7 @@ class Specification:
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     known: Known | None = None
+    zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
 
     def start(self, first: int, n: int) -> Posterior:
         """The inputs ``first`` … ``first + n`` before anything is learnt, whoever holds them.
@@ -121,6 +123,7 @@ class BlockSums:
     moments: Moments
     constant: float  # what the deviance has beside what the sums give
     held_out: float  # summed surprise of the events held out
+    zeros: Array | None = None  # what zeros of weight 1 of its users say to every input, where there are any
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class UserStep:
         features = self.features.take(block.inputs)
         sums = InputSums.zeros(len(block.inputs), features.phi.shape[1])
         moments, constant, held_out = [], 0.0, 0.0
+        zeros = np.zeros(sums.second.shape[1]) if isinstance(self.prior, WithZeros) else None
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
         for users in block.parts():
@@ -160,9 +164,11 @@ class UserStep:
             said = alternation.input_sums(weights, labels, posteriors)
             sums.second[:] += said.second
             sums.first[:] += said.first
+            if zeros is not None:
+                zeros += zeros_of(posteriors)
         if not self.loss.is_quadratic:
             block = replace(block, precision=precision, information=information)
-        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out)
+        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros)
 
     def _surprise(self, block: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
         """Of the events held out, under what the users know of the others."""
@@ -214,14 +220,20 @@ class LocalEngine:
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
         self.constant = of.squared_labels if of.loss.is_quadratic else 0.0
         self.held_out = 0.0
-        moments = []
-        work = UserStep(self.features, prior, noise, of.loss, of.mu, step)
+        moments, zeros = [], np.zeros(self.sums.second.shape[1])
+        features = self.features
+        if of.zero_weight:
+            prior = WithZeros.of(prior, features, of.zero_weight)
+        work = UserStep(features, prior, noise, of.loss, of.mu, step)
         for said in self.each_block(work):
             self.sums.second[said.seen] += said.sums.second
             self.sums.first[said.seen] += said.sums.first
             self.constant += said.constant
             self.held_out += said.held_out
             moments.append(said.moments)
+            zeros += 0.0 if said.zeros is None else said.zeros
+        if of.zero_weight:
+            self.sums.second[:] += of.zero_weight * zeros
         return sum(moments[1:], moments[0]), self._deviance()
 
     def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
@@ -373,7 +385,7 @@ def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]]
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for block in blocks.from_arrow(batches):
             block, said = step.value(block)
-            rest = cloudpickle.dumps((said.moments, said.constant, said.held_out))
+            rest = cloudpickle.dumps((said.moments, said.constant, said.held_out, said.zeros))
             buffers = [said.seen.tobytes(), said.sums.second.tobytes(), said.sums.first.tobytes(), rest]
             names = [*_SUMS.names]
             if keep:

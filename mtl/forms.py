@@ -6,6 +6,7 @@
 |---|---|---|---|
 | k of them | learnt | learnt | Shared Basis; with the identity oracle, matrix factorization |
 | one an attribute of inputs | that attribute | learnt | Multilevel Regression: per-user effects |
+| one a label of inputs | P(label given x) | learnt | supervised features (:mod:`mtl.supervised`) |
 | one an attribute of users | learnt | that attribute | per-input effects (GLMix); the oracle's part of f_j crosses both (LASER) |
 
 Nothing else knows of forms: each side's prior is wrapped so that given entries are certain (:class:`PartlyGiven`), and the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import gaussian, schema
 from mtl.config import Settings
-from mtl.encode import Encoder
+from mtl.encode import Encoder, InputEncoder
 from mtl.errors import StateError
 from mtl.features import Features
 from mtl.forms import Form
@@ -24,16 +24,13 @@ from mtl.gaussian import Array, Posterior
 from mtl.prior import VectorPrior
 from mtl.tables import Tables
 
-if TYPE_CHECKING:  # pyspark.ml takes a second to import, and workers need it only where a pipeline was given
-    from mtl.pipeline import PipelineEncoder
-
 
 @dataclass(frozen=True)
 class Artefact:
     """The learnt functions of a model version, stored pickled: load only tables that you trust."""
 
     user_encoder: Encoder
-    input_encoder: Encoder | PipelineEncoder
+    input_encoder: InputEncoder
     user_implicit: int  # columns after the encoded attributes that stand for training events (mtl.implicit)
     input_implicit: int
     users: VectorPrior
@@ -87,7 +84,7 @@ class Model:
         return self.artefact.users.conditional(a, b, prior_mean, self.noise)
 
 
-def _encoded(encoder: Encoder | PipelineEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
+def _encoded(encoder: InputEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
     z = encoder(attributes)
     return np.column_stack([z, np.zeros((len(z), implicit))])
 

@@ -24,9 +24,9 @@ from mtl.blocks import CAPPED, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.distributed import DistributedEngine
-from mtl.encode import Encoder
+from mtl.encode import Encoder, InputEncoder
 from mtl.engine import Known, SparkEngine, Specification
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, StateError
 from mtl.features import Features, feature_rows, from_rows
 from mtl.firstorder import FunctionBasis, check_gradient, make_function, make_optimizer
 from mtl.forms import Form, Given, partly_given
@@ -42,9 +42,11 @@ from mtl.prior import Locked, Prior, VectorPrior
 from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
+from mtl.supervised import Supervised
 from mtl.tables import Tables
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 from mtl.working import settle
+from mtl.zeros import WithZeros, without_zeros
 
 log = logging.getLogger("mtl")
 
@@ -65,7 +67,7 @@ class Trained:
     mu: float  # μ, what h is centred on
     catalogue: Catalogue
     user_encoder: Encoder
-    input_encoder: Encoder | PipelineEncoder
+    input_encoder: InputEncoder
     user_implicit: int
     input_implicit: int
 
@@ -227,10 +229,15 @@ def train(
         StateError: there are no events, or all labels are equal.
         ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
-    loss = LOSSES[settings.model.loss]
+    loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
+    if zero_weight and not loss.is_quadratic:
+        raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {loss.name}')
+    if zero_weight and settings.train.holdout:
+        raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
+    _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     lock, n_inputs = settings.train.lock, len(catalogue.ids)
@@ -256,6 +263,8 @@ def train(
         undescribed.unpersist()
     n_users, user_gram = sum(n for n, _ in grams), np.sum([gram for _, gram in grams], axis=0)
 
+    if zero_weight:
+        catalogue = catalogue.with_zeros(n_users, zero_weight)
     if live and "features" in lock:
         form, mu = live.model.form, live.model.mean_label
     else:
@@ -268,37 +277,56 @@ def train(
         squared_labels=catalogue.trained.squared_labels,
         seed=settings.train.seed,
         known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
+        zero_weight=zero_weight,
     )
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
     fit = _fit(
         engine, settings, specification, user_gram, catalogue, live, checkpoint if settings.train.checkpoint else None
     )
-    return Trained(
-        engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, implicit.width, of_inputs.shape[1]
-    )
+    if zero_weight:
+        assert isinstance(engine, SparkEngine)
+        fit = replace(fit, users=WithZeros.of(fit.users, engine.features, zero_weight))
+    widths = of_users.width, of_inputs.shape[1]
+    return Trained(engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, *widths)
 
 
-def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> Encoder | PipelineEncoder:
+def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> InputEncoder:
+    labels = settings.supervised.labels
+    encoder: InputEncoder
+    seen = [name for name in attributes.columns if name not in labels]
     if settings.oracle.pipeline:
         make = load_object("oracle.pipeline", settings.oracle.pipeline)
-        return PipelineEncoder.fit(attributes, kinds, make())
-    used = attributes.iloc[:, :0] if settings.oracle.kind == "identity" else attributes
-    return Encoder.fit(used, settings.encode)
+        encoder = PipelineEncoder.fit(attributes[seen], T.StructType([kinds[name] for name in seen]), make())
+    else:
+        encoder = Encoder.fit(attributes[[] if settings.oracle.kind == "identity" else seen], settings.encode)
+    if not labels:
+        return encoder
+    if settings.oracle.kind == "identity":
+        raise ConfigError("supervised.labels: oracle.kind identity sees no attributes to predict them from")
+    return Supervised.fit(attributes, encoder, settings.supervised)
 
 
-def _form(settings: Settings, n_users: int, n_inputs: int, inputs: Encoder | PipelineEncoder, users: Encoder) -> Form:
+def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder, users: Encoder) -> Form:
     """The form as configured; k as forced, or as many as the data can tell apart up to a maximum.
 
-    What is too many the priors shrink.
+    What is too many the priors shrink. Where other basis functions are given, none are learnt unless k is forced.
     """
     model = settings.model
     multilevel = model.form == "multilevel"
     of_inputs = inputs.linear("model.per_user", model.per_user or (["*"] if multilevel else []))
     if multilevel and not of_inputs:
         raise ConfigError("model.form multilevel needs attributes of inputs: ingest them with jobs/ingest.py --inputs")
-    k = 0 if multilevel else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
-    return Form(k if model.k == "auto" else model.k, of_inputs, users.linear("model.per_input", model.per_input))
+    predicted = inputs.predicted if isinstance(inputs, Supervised) else ()
+    k = 0 if multilevel or predicted else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
+    of_users = users.linear("model.per_input", model.per_input)
+    return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
+
+
+def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
+    n, label = catalogue.n_events, catalogue.label_max
+    if label == catalogue.label_min and not (beside_zeros and label):
+        raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
 
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
@@ -362,7 +390,7 @@ def _fit(
         inputs = _from_covariance(inputs, live.model.artefact.inputs.covariance, form.inputs)
     users, inputs = partly_given(users, form.users), partly_given(inputs, form.inputs)
     if live and "users" in lock:
-        users = Locked(live.model.artefact.users)
+        users = Locked(without_zeros(live.model.artefact.users))
     if live and "features" in lock:
         inputs = Locked(live.model.artefact.inputs)
     noise = live.model.noise if live and specification.known else None

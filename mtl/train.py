@@ -105,7 +105,7 @@ def alternate(
     Args:
         engine: holds users and inputs.
         users, inputs: priors to start from.
-        n_events: number of events.
+        n_events: number of events, zeros of implicit feedback among them.
         label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
         start_noise: σ² to start from, an earlier version's.

@@ -13,12 +13,14 @@ from pyspark.sql import functions as F
 
 from mtl import blocks, gaussian, schema
 from mtl.arrow import matrix
+from mtl.audit import audit
 from mtl.blocks import EventBlock
 from mtl.config import load_settings
 from mtl.engine import SparkEngine
 from mtl.errors import StateError
 from mtl.features import Features, from_rows
 from mtl.forms import Form
+from mtl.materialize import materialize
 from mtl.models import Model, load_model
 from mtl.retrain import retrain
 from mtl.schema import (
@@ -117,8 +119,9 @@ def block_rows(spark: SparkSession, parts: list[EventBlock], partitions: int) ->
     return spark.createDataFrame(rows, blocks.DDL).repartition(partitions).persist()
 
 
-def assert_trains_the_same(problem: Problem, rows: DataFrame, loss: str = "squared") -> None:
+def assert_trains_the_same(problem: Problem, rows: DataFrame, loss: str = "squared", zero_weight: float = 0.0) -> None:
     local = problem.engine(2, loss=loss)
+    local.specification = replace(local.specification, zero_weight=zero_weight)
     distributed = SparkEngine(rows, local.specification)
     fits = [problem.train(2, Schedule(3), engine=engine, loss=loss) for engine in (local, distributed)]
     distributed.close()
@@ -139,6 +142,12 @@ def test_working_values_in_spark_are_those_of_this_process(spark: SparkSession, 
     counts = replace(PROBLEM, label=np.clip(np.round(PROBLEM.label - 2), 0, 1 if loss == "logistic" else None))
     users = np.arange(len(PROBLEM.user_attributes))
     assert_trains_the_same(counts, block_rows(spark, [counts.block(users[users % 2 == i]) for i in range(2)], 2), loss)
+
+
+def test_zeros_of_all_pairs_in_spark_are_those_of_this_process(spark: SparkSession) -> None:
+    users = np.arange(len(PROBLEM.user_attributes))
+    rows = block_rows(spark, [PROBLEM.block(users[users % 2 == i]) for i in range(2)], 2)
+    assert_trains_the_same(PROBLEM, rows, zero_weight=0.1)
 
 
 def test_plans_of_logistic_passes_grow_by_a_pass_each_and_do_not_double(spark: SparkSession) -> None:
@@ -304,3 +313,26 @@ def test_a_black_box_trains_and_its_stored_functions_predict_the_same(
     np.testing.assert_allclose(model.input_basis(known)[0, 0] + model.mean_label, features.offset[i], atol=1e-9)
     again = load_model(tables, model.version).features_of_new(known.assign(year=2024.0))
     np.testing.assert_array_equal(again.phi, model.features_of_new(known.assign(year=2024.0)).phi)
+
+
+# --- Supervised features ----------------------------------------------------------------------------------------------
+
+
+def test_supervised_features_are_stored_functions_that_new_inputs_without_labels_have_too(tables: Tables) -> None:
+    attributed(tables)
+    report = retrain(tables, settings('supervised.labels=["genres"]', "supervised.min_count=2", "model.k=auto"))
+    model = Trained(tables, report).model
+    encoder = model.artefact.input_encoder
+    assert report["k"] == 0
+    assert encoder.names == ("genres=a", "genres=b", "genres=c")
+    assert model.form == Form(0, encoder.predicted)
+    new = pd.DataFrame({INPUT_ID: ["new"], "year": [1990.0]})
+    tables.append(INPUTS, tables.spark.createDataFrame(new), evolve=True)
+    assert materialize(tables, model) == 1
+    ids, features, _ = Trained(tables, report).features()
+    expected = encoder(new)[0, encoder.predicted]
+    np.testing.assert_allclose(features.phi[ids.index("new"), 1:], expected, atol=1e-12)
+    checks = audit(tables, settings())["checks"]
+    assert checks["features_equal_oracle"]["holds"]
+    assert checks["features_equal_oracle"]["materialized_since"] == 1
+    assert checks["users_equal_scratch"]["holds"]

@@ -6,6 +6,9 @@ M (users, inputs) is 1 where the training events hold the pair, d_u and d_x are 
 
 The first pair is √d_u, √d_x up to scale: it says only who is active and is taken out beforehand. The entries of the others
 grow with the square root of an input's events, so that one seen rarely stays near 0, the average; labels are not looked at.
+As attributes they have standard deviations in proportion to σ_j, so that a prior shrinks what is nearly noise more: on
+MovieLens-100K (mean of u2…u5, a ridge worth 60 rows, a noise for each user) RMSE is 0.8726 so, and 0.8764 with all of
+variance 1.
 
 Users stay where they are: an iteration sends V (inputs, b) to the partitions and sums their N_bᵀN_bV (:class:`Step`), and
 u_j = N v_j / σ_j is computed where a user's events are (:meth:`Spectral.of_users`). The subspace is found by Chebyshev
@@ -24,7 +27,8 @@ import scipy.sparse as sp
 from mtl.blocks import EventBlock
 from mtl.gaussian import Array
 
-MAX_DIMENSIONS = 20
+MAX_DIMENSIONS = 40
+LARGEST_DEVIATION = 0.2  # of the first column: with a prior on coefficients worth 5 rows, small is shrunk more
 
 _SPARE = 12  # columns beside the wanted ones: they set how far apart the two ends of the filter are
 _CYCLES = 2
@@ -78,11 +82,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Spectral:
-    """The embedding of both sides, with mean 0 and variance 1 over those with events; 0 for those without."""
+    """The embedding of both sides, with mean 0 over those with events and deviations in proportion to σ; 0 for those without."""
 
     values: Array  # σ, descending, (m,)
     inputs: Array  # (inputs, m)
-    projection: Array  # D_x^{-1/2} V Σ⁻¹ / the users' deviations, (inputs, m)
+    projection: Array  # D_x^{-1/2} V Σ⁻¹ in the users' scale, (inputs, m)
     user_centre: Array  # (m,)
 
     @property
@@ -152,9 +156,11 @@ def fit(each_block: Pass, n_inputs: int, dimensions: int | None = None, cycles: 
     m = len(kept)
     V, mean = V[:, :m] * _signs(V[:, :m]), total[:m] * _signs(V[:, :m]) / kept / n_users
     deviation = np.sqrt(np.maximum(1 / n_users - mean**2, _SMALLEST))  # Σ u² = 1
+    wanted_deviation = LARGEST_DEVIATION * kept / kept[:1]
     inputs = np.zeros((n_inputs, m))
-    inputs[active] = (V[active] - V[active].mean(0)) / V[active].std(0)
-    return Spectral(kept, inputs, inverse_root * V / (kept * deviation), mean / deviation)
+    inputs[active] = (V[active] - V[active].mean(0)) / V[active].std(0) * wanted_deviation
+    scale = wanted_deviation / deviation
+    return Spectral(kept, inputs, inverse_root * V / kept * scale, mean * scale)
 
 
 def noise_edge(n_users: int, n_inputs: int, n_events: float) -> float:

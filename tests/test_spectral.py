@@ -47,11 +47,15 @@ def by_user(found: spectral.Spectral, blocks: list[EventBlock]) -> dict[str, np.
     }
 
 
+def scale(found: spectral.Spectral) -> np.ndarray:
+    return spectral.LARGEST_DEVIATION * found.values / found.values[0]
+
+
 def standardized(vectors: np.ndarray) -> np.ndarray:
     return (vectors - vectors.mean(0)) / vectors.std(0)
 
 
-def test_the_embedding_is_the_standardized_singular_vectors_beside_the_first() -> None:
+def test_the_embedding_is_the_singular_vectors_beside_the_first_scaled_by_their_values() -> None:
     matrix = pattern()
     left, right = (1 / np.sqrt(np.maximum(np.asarray(matrix.sum(axis)).ravel(), 1)) for axis in (1, 0))
     u, values, vt = svds(sp.diags(left) @ matrix @ sp.diags(right), k=6, random_state=0)
@@ -61,12 +65,14 @@ def test_the_embedding_is_the_standardized_singular_vectors_beside_the_first() -
     found = embedding(blocks, 5, cycles=30)
     np.testing.assert_allclose(found.values, values[order[1:]], rtol=1e-3)
     seen = standardized(vt[order[1:], :-SILENT].T)
-    agreement = np.mean(seen * found.of_inputs()[:-SILENT], axis=0)
+    agreement = np.mean(seen * found.of_inputs()[:-SILENT], axis=0) / scale(found)
     np.testing.assert_allclose(np.abs(agreement[:3]), 1, atol=1e-3)
     rows = by_user(found, blocks)
     users = np.array([rows[f"u{i}"] for i in range(USERS)])
-    np.testing.assert_allclose(users[:, :3], np.sign(agreement[:3]) * standardized(u[:, order[1:4]]), atol=0.02)
-    np.testing.assert_allclose([users.mean(0), users.std(0)], [np.zeros(5), np.ones(5)], atol=1e-8)
+    expected = np.sign(agreement[:3]) * standardized(u[:, order[1:4]]) * scale(found)[:3]
+    np.testing.assert_allclose(users[:, :3], expected, atol=0.02)
+    for side in users, found.of_inputs()[:-SILENT]:
+        np.testing.assert_allclose([side.mean(0), side.std(0)], [np.zeros(5), scale(found)], atol=1e-8)
 
 
 def test_a_vector_reproduces_itself_through_the_events() -> None:
@@ -78,7 +84,7 @@ def test_a_vector_reproduces_itself_through_the_events() -> None:
     users = np.array([rows[f"u{i}"] for i in range(USERS)]) + found.user_centre
     left, right = (1 / np.sqrt(np.maximum(np.asarray(matrix.sum(axis)).ravel(), 1))[:, None] for axis in (1, 0))
     again = standardized((right * (matrix.T @ (left * users)))[:-SILENT])
-    agreement = np.mean(again * found.of_inputs()[:-SILENT], axis=0)
+    agreement = np.mean(again * found.of_inputs()[:-SILENT], axis=0) / scale(found)
     np.testing.assert_allclose(agreement, 1, atol=1e-3)
 
 

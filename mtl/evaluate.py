@@ -18,7 +18,7 @@ from mtl.losses import LOSSES
 from mtl.metrics import measures, ranking, sums
 from mtl.models import Model, load_model
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
-from mtl.read import match, open_file, readable
+from mtl.read import SourceFile, match, open_file, readable
 from mtl.schema import INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, REASON, USER_ID
 from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
@@ -59,8 +59,9 @@ def evaluate(
         StateError: no version is live, or there are no events for the baselines.
     """
     started = time.monotonic()
+    file = open_file(tables.spark, events, settings.ingest, texts=None)
     model = load_model(tables)
-    rows = read_events(tables, settings, events, columns or {}, model.loss).persist()
+    rows = read_events(file, columns or {}, model.loss).persist()
     train = tables.read(schema.EVENTS).persist()
     try:
         check(rows, events)
@@ -105,17 +106,16 @@ def evaluate(
     }
 
 
-def read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str], loss: str) -> DataFrame:
+def read_events(file: SourceFile, columns: Mapping[str, str], loss: str) -> DataFrame:
     """The rows of a file of events as ingest would type them, with the reason where it would refuse one.
 
     Raises:
         InputError: the file cannot be read as asked.
     """
-    file = open_file(tables.spark, path, settings.ingest, texts=None)
     found = match(file, columns, EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS)
     for ours, theirs in columns.items():
         if found.get(ours) != theirs:
-            raise InputError(f"--columns {ours}={theirs}: {path} has no column {theirs} to rename")
+            raise InputError(f"--columns {ours}={theirs}: {file.path} has no column {theirs} to rename")
     return typed_events(file, found, loss).select(USER_ID, INPUT_ID, LABEL, REASON)
 
 

@@ -73,8 +73,8 @@ def feature_rows(version: int, ids: pa.Array, features: Features, residual: Arra
             schema.SECOND_MOMENT: lists(features.second_moment),
             schema.OFFSET_PHI: lists(features.offset_phi),
             schema.OFFSET_VARIANCE: features.offset_variance,
-            schema.RESIDUAL: lists(residual),
             schema.IMPLICIT: lists(implicit),
+            schema.RESIDUAL: lists(residual),
             schema.INPUT_CLASS: ids,
         }
     )

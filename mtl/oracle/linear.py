@@ -48,10 +48,15 @@ class NormalEquations:
             wanted = self.first[i] - others
             ridge = COEFFICIENT_PRECISION * self.weight[i] / self.told[i] * np.eye(p)
             candidate = np.linalg.solve(self.second[i, i] + ridge, wanted)
-            if not functions or self._error(i, candidate, wanted) <= self._error(i, coefficients[i], wanted):
-                coefficients[i] = candidate
+            coefficients[i] += self._step(
+                i, candidate - coefficients[i], wanted - self.second[i, i] @ coefficients[i]
+            ) * (candidate - coefficients[i])
         return tuple(map(Linear, coefficients))
 
-    def _error(self, i: int, coefficients: Array, wanted: Array) -> float:
-        """The weighted squared error of function i, less its constant."""
-        return float(coefficients @ self.second[i, i] @ coefficients - 2 * wanted @ coefficients)
+    def _step(self, i: int, direction: Array, gradient: Array) -> float:
+        """The exact line search of :class:`mtl.basis.OracleBasis`, from the sums."""
+        slope, curvature = float(gradient @ direction), float(direction @ self.second[i, i] @ direction)
+        best = slope**2 / curvature if slope > 0 and curvature > 0 else 0.0
+        if 2 * slope - curvature >= best / 2:
+            return 1.0
+        return min(1.0, slope / curvature) if best else 0.0

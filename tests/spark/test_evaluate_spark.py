@@ -136,10 +136,13 @@ def by_hand(stored: Rows, model: Model, user: str, x: str) -> tuple[float, float
     if x in stored:
         offset, phi = stored[x][schema.OFFSET], np.array(stored[x][schema.PHI])
         M = gaussian.unpack(np.array(stored[x][schema.SECOND_MOMENT]), D)
+        cross, spread = np.array(stored[x][schema.OFFSET_PHI]) - offset * phi, stored[x][schema.OFFSET_VARIANCE]
     else:
         new = model.features_of_new(ATTRIBUTES.iloc[[10]] if x == "x10" else pd.DataFrame(index=[0]))
         offset, phi, M = new.offset[0], new.phi[0], gaussian.unpack(new.second_moment[0], D)
+        cross, spread = new.offset_phi[0] - offset * phi, new.offset_variance[0]
     variance = model.noise + phi @ V @ phi + np.trace((M - np.outer(phi, phi)) @ (V + np.outer(w, w)))
+    variance += spread + 2 * w @ cross
     return offset + w @ phi, variance**0.5
 
 

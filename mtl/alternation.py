@@ -8,6 +8,7 @@ between the sides travel only sums: a user's (A, b), an input's (A_x, b_x) over 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,15 +26,15 @@ class InputSums:
     first: Array  # b_x = Σ c y E[w̃], (n, e)
 
     @classmethod
-    def zeros(cls, n: int, d: int) -> InputSums:
-        return cls(np.zeros((n, gaussian.packed_length(d + 1))), np.zeros((n, d + 1)))
+    def zeros(cls, n: int, d: int, dtype: Any = np.float64) -> InputSums:
+        return cls(np.zeros((n, gaussian.packed_length(d + 1)), dtype), np.zeros((n, d + 1), dtype))
 
 
 def user_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, features: Features) -> tuple[Array, Array]:
     """A = Σ c E[φφᵀ], packed (users, d(d+1)/2), and b = Σ c (yφ − E[oφ]), (users, d).
 
     Args:
-        weights, labels: c and c·y of the users' events, (users, inputs).
+        weights, labels: c and c·y of the users' events, (users, inputs); the sums are of their precision.
     """
     return weights @ features.second_moment, labels @ features.phi - weights @ features.offset_phi
 
@@ -56,9 +57,11 @@ def posteriors(
 
 def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Posterior) -> InputSums:
     """(A_x, b_x) of every input, over the events of these users."""
-    mean = np.column_stack([np.ones(len(users.mean)), users.mean])
+    mean = np.column_stack([np.ones(len(users.mean)), users.mean]).astype(weights.dtype)
     second = gaussian.outer(mean)
-    second[:, mean.shape[1] :] += users.covariance  # past the first row of the triangle: w̃₀ = 1 is certain
+    second[:, mean.shape[1] :] += users.covariance.astype(
+        weights.dtype
+    )  # past the first row of the triangle: w̃₀ = 1 is certain
     return InputSums(weights.T @ second, labels.T @ mean)
 
 

@@ -66,6 +66,7 @@ class TrainSettings(_Section):
     holdout: float = Field(ge=0, lt=1)
     patience: int = Field(ge=1)
     max_events_per_user: int = Field(ge=0)
+    precision: Literal["auto", "single", "double"]
     warm_start: bool
     lock: list[Literal["features", "users"]]
     checkpoint: str

@@ -58,7 +58,7 @@ class DistributedEngine:
         self.spark, self.rows = rows.sparkSession, rows
         self.blocks = rows.withColumn(_PARTITION, F.spark_partition_id())
         self.specification = replace(specification, attributes=specification.attributes[:0])  # what is sent around
-        self.shard_inputs = shard_inputs
+        self.shard_inputs, self.rounding = shard_inputs, specification.rounding
         self.routes = (
             self.blocks.select(_PARTITION, "inputs").mapInArrow(_routes(shard_inputs), _PIECE).localCheckpoint()
         )
@@ -261,7 +261,7 @@ def _only(work: UserWork) -> Callable[..., Iterator[pa.Table]]:
 def _sums(block: EventBlock, features: Features, arguments: Any, partition: int, size: int) -> Iterator[pa.Table]:
     prior, noise, of = arguments
     local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
-    _, said = UserStep(features, prior, noise, of.loss, of.mu)(local)
+    _, said = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu)(local)
     for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
         rows = np.searchsorted(block.inputs, inputs)
         # The partition's moments travel with its first piece.

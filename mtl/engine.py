@@ -65,7 +65,13 @@ class Specification:
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     known: Known | None = None
+    precision: str = "double"  # of products and exchanged sums in passes: double or single
     zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
+
+    @property
+    def rounding(self) -> float:
+        """Of the objective, by the precision of passes."""
+        return 1e-9 if self.precision == "double" else 1e-6
 
     def start(self, first: int, n: int) -> Posterior:
         """The inputs ``first`` … ``first + n`` before anything is learnt, whoever holds them.
@@ -105,6 +111,9 @@ class Engine(Protocol):
     inputs: Posterior
     """The inputs' posteriors, (inputs, d)."""
 
+    rounding: float
+    """Of the objective: a rise by less is none."""
+
     held_out: float
     """Summed surprise of the events held out, after the last users' half-step."""
 
@@ -140,15 +149,18 @@ class UserStep:
     def __call__(self, block: EventBlock) -> tuple[EventBlock, BlockSums]:
         """The users' posteriors and what they say to the inputs; the block with new working values, where it has any."""
         features = self.features.take(block.inputs)
-        sums = InputSums.zeros(len(block.inputs), features.phi.shape[1])
+        dtype = features.phi.dtype  # of the products and of what is sent, not of what is solved
+        sums = InputSums.zeros(len(block.inputs), features.phi.shape[1], dtype)
         moments, constant, held_out = [], 0.0, 0.0
         zeros = np.zeros(sums.second.shape[1]) if isinstance(self.prior, WithZeros) else None
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
         for users in block.parts():
             attributes, entries = block.attributes[users], block.entries(users)
-            weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
-            a, b = alternation.user_sums(weights, labels, features)
+            weights, labels = (
+                block.matrix(values.astype(dtype, copy=False))[users] for values in (precision, information)
+            )
+            a, b = (of_users.astype(float, copy=False) for of_users in alternation.user_sums(weights, labels, features))
             posteriors = self.prior.posteriors(a, b, attributes, self.noise)
             moments.append(self.prior.moments(posteriors, attributes))
             if not self.loss.is_quadratic:
@@ -158,7 +170,7 @@ class UserStep:
                     values[entries] += self.step * (fresh - values[entries])
                 surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
                 constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
-                weights, labels = block.matrix(precision)[users], block.matrix(information)[users]
+                weights, labels = (block.matrix(values)[users] for values in (precision, information))
             if block.extra is not None:
                 held_out += self._surprise(block, users, posteriors, features)
             said = alternation.input_sums(weights, labels, posteriors)
@@ -205,7 +217,7 @@ class LocalEngine:
 
     def __init__(self, partitions: Iterable[EventBlock], specification: Specification):
         self.partitions = list(partitions)
-        self.specification = specification
+        self.specification, self.rounding = specification, specification.rounding
         self.inputs = specification.start(0, len(specification.attributes))
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
         self.constant = self.held_out = 0.0
@@ -224,7 +236,7 @@ class LocalEngine:
         features = self.features
         if of.zero_weight:
             prior = WithZeros.of(prior, features, of.zero_weight)
-        work = UserStep(features, prior, noise, of.loss, of.mu, step)
+        work = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu, step)
         for said in self.each_block(work):
             self.sums.second[said.seen] += said.sums.second
             self.sums.first[said.seen] += said.sums.first
@@ -336,14 +348,14 @@ class SparkEngine(LocalEngine):
                 passed = passed.persist(StorageLevel.MEMORY_AND_DISK)
                 self.persisted = [*self.persisted, passed]
             said = passed.select(*_SUMS.names).toArrow()
-        d = step.features.phi.shape[1]
+        d, dtype = step.features.phi.shape[1], step.features.phi.dtype
         for batch in said.to_batches():
             for seen, second, first, rest in zip(*batch.columns, strict=True):
                 index = np.frombuffer(seen.as_buffer(), np.int32)
                 # The widths are spelt out for a block without events, whose buffers are empty.
                 sums = InputSums(
-                    np.frombuffer(second.as_buffer()).reshape(len(index), gaussian.packed_length(d + 1)),
-                    np.frombuffer(first.as_buffer()).reshape(len(index), d + 1),
+                    np.frombuffer(second.as_buffer(), dtype).reshape(len(index), gaussian.packed_length(d + 1)),
+                    np.frombuffer(first.as_buffer(), dtype).reshape(len(index), d + 1),
                 )
                 yield BlockSums(index, sums, *cloudpickle.loads(rest.as_py()))
         if keep:

@@ -7,6 +7,7 @@ E[o], E[φ], E[φφᵀ] and E[oφ] (design, section 2): the *features* of the in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,9 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def astype(self, dtype: Any) -> Features:
+        return Features(*(values.astype(dtype) for values in vars(self).values()))
 
     def take(self, rows: np.ndarray) -> Features:
         return Features(*(values[rows] for values in vars(self).values()))

@@ -12,12 +12,15 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 
-# Below this dimension one sweep vectorized over the batch beats a LAPACK call per matrix.
-_SWEEP_LIMIT = 30
+# Up to this dimension one sweep vectorized over the batch beats a LAPACK call per matrix.
+_SWEEP_LIMIT = 24
+# From 1.17 on SciPy inverts a batch by Cholesky, in two thirds of NumPy's time; before, one matrix a call.
+_HAS_BATCHED_CHOLESKY = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 17)
 _SWEEP_BYTES = 1 << 19  # a block of matrices that stays in the second-level cache
 _NOT_DEFINITE = "a precision matrix is not positive definite"
 
@@ -63,7 +66,7 @@ def unpack(packed: Array, d: int) -> Array:
 def outer(vectors: Array) -> Array:
     """v vᵀ of each row: (n, d) → packed (n, d(d+1)/2)."""
     n, d = vectors.shape
-    packed = np.empty((n, packed_length(d)))
+    packed = np.empty((n, packed_length(d)), vectors.dtype)
     start = 0
     for i in range(d):  # row i of the triangle; twice as fast as gathering both factors
         np.multiply(vectors[:, i : i + 1], vectors[:, i:], out=packed[:, start : start + d - i])
@@ -134,7 +137,13 @@ def _inverse(packed: Array, d: int) -> tuple[Array, Array]:
     diagonal = np.diagonal(np.linalg.cholesky(full), axis1=1, axis2=2)
     if not (diagonal > 0).all():  # NaN, which LAPACK lets pass
         raise np.linalg.LinAlgError(_NOT_DEFINITE)
-    return np.moveaxis(np.linalg.inv(full), 0, -1), 2 * np.log(diagonal).sum(1)
+    return np.moveaxis(_inverses(full), 0, -1), 2 * np.log(diagonal).sum(1)
+
+
+def _inverses(definite: Array) -> Array:
+    if _HAS_BATCHED_CHOLESKY:
+        return scipy.linalg.inv(definite, assume_a="pos", check_finite=False)
+    return np.linalg.inv(definite)
 
 
 def _sweep(packed: Array, d: int) -> tuple[Array, Array]:

@@ -53,6 +53,7 @@ log = logging.getLogger("mtl")
 MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
 _CHECKED_INPUTS = 32  # that a user's function is tried on before training
+_SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
 
 
@@ -277,6 +278,7 @@ def train(
         squared_labels=catalogue.trained.squared_labels,
         seed=settings.train.seed,
         known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
+        precision=_precision(settings.train, catalogue.n_events),
         zero_weight=zero_weight,
     )
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
@@ -352,6 +354,12 @@ def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> It
 
 def _ddl(table: str, without: str = "") -> str:
     return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
+
+
+def _precision(settings: TrainSettings, n_events: int) -> str:
+    if settings.precision == "auto":
+        return "single" if n_events >= _SINGLE_FROM else "double"
+    return settings.precision
 
 
 def _distributes(settings: TrainSettings, n_inputs: int, d: int) -> bool:

@@ -31,7 +31,6 @@ START_NOISE = (
     0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
 )
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
-_ROUNDING = 1e-9  # of the objective: a rise by less is none
 _SMALLEST_STEP = 1 / 32
 _RESUMING_STEPS = 10  # of the users, after which working values, which a state does not hold, are back
 
@@ -159,7 +158,7 @@ def alternate(
         user_moments, user_deviance = engine.update_users(users, noise, step)
         users = users.learn(user_moments)
         reached = objective(user_deviance)
-        if trace and reached > trace[-1] + _ROUNDING * abs(trace[-1]):
+        if trace and reached > trace[-1] + engine.rounding * abs(trace[-1]):
             snapshot, users, inputs, noise, user_moments, length = kept
             engine.restore(snapshot)
             del trace[length:]

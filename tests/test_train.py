@@ -402,3 +402,17 @@ def test_locked_features_stay_and_the_users_prior_is_learnt() -> None:
         Schedule(2),
     )
     assert kept.users.prior is fit.users
+
+
+def test_single_precision_stays_within_a_ten_thousandth() -> None:
+    problem = planted(16, users=60, inputs=40, events=1500)
+    fits = {}
+    for precision in ("double", "single"):
+        engine = problem.engine(3)
+        engine = LocalEngine(engine.partitions, replace(engine.specification, precision=precision))
+        fits[precision] = problem.train(3, Schedule(10), engine=engine), engine.features
+    (double, wanted), (single, found) = fits["double"], fits["single"]
+    np.testing.assert_allclose(single.objective, double.objective, rtol=1e-5)
+    np.testing.assert_allclose(found.phi, wanted.phi, atol=1e-4)
+    np.testing.assert_allclose(found.offset, wanted.offset, atol=1e-4)
+    assert not np.array_equal(found.phi, wanted.phi)

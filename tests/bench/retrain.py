@@ -35,17 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, nargs="+", default=[1_000_000, 5_000_000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--k", type=int, default=RANK)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--without-writing", action="store_true", help="leave out the run that writes all rows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
-            [], [f"tables.root={folder}", f"model.k={RANK}", f"train.iterations={ITERATIONS}", "oracle.kind=identity"]
+            [], [f"tables.root={folder}", f"model.k={arguments.k}", f"train.iterations={arguments.iterations}", "oracle.kind=identity"]
         )
         spark = open_session(settings.spark, "bench retrain")
-        results = [measure(spark, Path(folder), settings, n, arguments.repeats) for n in arguments.events]
-    print(json.dumps({"k": RANK, "iterations": ITERATIONS, "users": USERS, "inputs": INPUTS, "runs": results}))
+        results = [measure(spark, Path(folder), settings, n, arguments) for n in arguments.events]
+    sizes = {"k": arguments.k, "iterations": arguments.iterations, "users": USERS, "inputs": INPUTS}
+    print(json.dumps({**sizes, "runs": results}))
 
 
-def measure(spark: SparkSession, folder: Path, settings, n_events: int, repeats: int) -> dict:
+def measure(spark: SparkSession, folder: Path, settings, n_events: int, arguments: argparse.Namespace) -> dict:
     files = write_events(folder, n_events, USERS, INPUTS)
     tables = Tables(spark, str(folder / f"tables-{n_events}"))
     numbers = str(folder / f"numbers-{n_events}")
@@ -53,8 +57,8 @@ def measure(spark: SparkSession, folder: Path, settings, n_events: int, repeats:
     tables.append(schema.EVENTS, rows.select("event_id", "user_id", "input_id", "label", "weight"))
     rows.select("user", "input", "label").write.format("delta").save(numbers)
     als = ALS(
-        rank=RANK,
-        maxIter=ITERATIONS,
+        rank=arguments.k,
+        maxIter=arguments.iterations,
         regParam=0.05,
         userCol="user",
         itemCol="input",
@@ -72,21 +76,24 @@ def measure(spark: SparkSession, folder: Path, settings, n_events: int, repeats:
 
     fit_als(), fit_ours()  # warm-up: class loading, code generation, Python workers
     ours, theirs, peaks = [], [], []
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         with PeakMemory() as memory:
             ours.append(seconds(fit_ours))
         peaks.append(memory.peak_gb)
         theirs.append(seconds(fit_als))
         print(f"{n_events} events: ours {ours[-1]:.1f} s, ALS {theirs[-1]:.1f} s", file=sys.stderr)
-    with PeakMemory() as memory:
-        written = seconds(lambda: retrain(tables, settings))
+    written = None
+    if not arguments.without_writing:
+        with PeakMemory() as memory:
+            written = seconds(lambda: retrain(tables, settings))
+        peaks.append(memory.peak_gb)
     return {
         "events": n_events,
         "ours_seconds": statistics.median(ours),
         "als_seconds": statistics.median(theirs),
         "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "written_seconds": written,
-        "peak_gb": max(*peaks, memory.peak_gb),
+        "peak_gb": max(peaks),
         "all": {"ours": ours, "als": theirs},
     }
 

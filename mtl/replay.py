@@ -25,7 +25,6 @@ from mtl.schema import EVENT_ID
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN
 
-_ORDER = schema.CREATED_AT  # of the ledger's rows: batches and releases are applied one at a time
 _NOT_YET = -1  # the turn of events that are not applied
 
 _NAME, _LATE = "_mtl_file", "_mtl_late"
@@ -44,7 +43,8 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     Raises:
         StateError: the order can no longer be known, for commits or files have been cleaned up.
     """
-    turns = list(enumerate(ledger.orderBy(_ORDER).collect(), TRAINING + 1))
+    # Batches and releases are applied one at a time, in the order of their ledger rows.
+    turns = list(enumerate(ledger.orderBy(schema.CREATED_AT).collect(), TRAINING + 1))
     batches = [(turn, end_of(row[schema.OFFSETS])) for turn, row in turns if row[schema.OFFSETS] is not None]
     releases = {row[schema.BATCH_ID]: turn for turn, row in turns if row[schema.OFFSETS] is None}
     location = tables.delta(schema.EVENTS).detail().collect()[0]["location"]

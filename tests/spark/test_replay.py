@@ -25,6 +25,7 @@ from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
 from mtl.update import update
+from mtl.users import TURN
 
 PROBLEM = planted(4, users=20, inputs=12, k=2, events=500)
 TRAINED = 300
@@ -81,7 +82,9 @@ def test_logistic_loss_from_files_to_errors_with_users_that_equal_a_replay(
     found = checked["checks"]["users_equal_scratch"]
     assert 0 < found["mean_refit_gap"] < found["refit_gap"] < 0.3
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "_ORDER", F.col(schema.CREATED_AT).desc())
+        turn = F.col(TURN)
+        backwards = lambda *of: replay.in_turns(*of).withColumn(TURN, F.when(turn > 0, 99 - turn).otherwise(turn))  # noqa: E731
+        patch.setattr("mtl.audit.in_turns", backwards)
         another_order = _users_equal_scratch(tables, load_model(tables), 1e-8)
     assert not another_order["holds"]
     assert not another_order["counts_differ"]

@@ -41,7 +41,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
-            [], [f"tables.root={folder}", f"model.k={arguments.k}", f"train.iterations={arguments.iterations}", "oracle.kind=identity"]
+            [],
+            [
+                f"tables.root={folder}",
+                f"model.k={arguments.k}",
+                f"train.iterations={arguments.iterations}",
+                "oracle.kind=identity",
+            ],
         )
         spark = open_session(settings.spark, "bench retrain")
         results = [measure(spark, Path(folder), settings, n, arguments) for n in arguments.events]

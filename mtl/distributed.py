@@ -21,7 +21,7 @@ from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
 from mtl.basis import FittedBasis, OracleBasis, Refitting, integrated_weights
 from mtl.blocks import EventBlock
-from mtl.engine import FeatureWork, Specification, UserStep, UserWork
+from mtl.engine import FeatureWork, UserWork
 from mtl.errors import ConfigError
 from mtl.features import Features
 from mtl.firstorder import FunctionBasis, Slope
@@ -29,6 +29,7 @@ from mtl.forms import PartlyGiven
 from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
 from mtl.prior import Moments, VectorPrior
+from mtl.userstep import Specification, UserStep
 
 SHARD_INPUTS = 16_384
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import cloudpickle
@@ -22,16 +22,10 @@ from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
 from mtl.blocks import EventBlock
 from mtl.features import Features
-from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
-from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
-from mtl.working import beliefs
-from mtl.zeros import WithZeros, zeros_of
-
-_START_SCALE = 0.3  # standard deviation of the random start of the factors
-_START_VARIANCE = 0.1
-_START_CHUNK = 1024  # inputs that share one random stream
+from mtl.userstep import BlockSums, Specification, UserStep
+from mtl.zeros import WithZeros
 
 _ADAPTIVE = "spark.sql.adaptive.enabled"
 
@@ -44,55 +38,6 @@ FeatureWork = Callable[[int, Posterior, Array], pa.Table]
 
 UserWork = Callable[[EventBlock, Features, Any], Iterator[pa.Table]]
 """(block, features of the inputs it saw, arguments) → rows."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """Inputs that training begins from instead of at random."""
-
-    places: np.ndarray  # catalogue indices, sorted, (m,)
-    vectors: Posterior  # (m, d)
-
-
-@dataclass(frozen=True)
-class Specification:
-    """What is trained, beside the users' events."""
-
-    attributes: Array  # of all inputs, (inputs, p)
-    form: Form
-    loss: Loss
-    mu: float  # μ, the link of the mean label
-    squared_labels: float  # Σ c y² over the events that are trained on
-    seed: int = 0
-    known: Known | None = None
-    precision: str = "double"  # of products and exchanged sums in passes: double or single
-    zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
-
-    @property
-    def rounding(self) -> float:
-        """Of the objective, by the precision of passes."""
-        return 1e-9 if self.precision == "double" else 1e-6
-
-    def start(self, first: int, n: int) -> Posterior:
-        """The inputs ``first`` … ``first + n`` before anything is learnt, whoever holds them.
-
-        Offset 0 and random factors, but for those that are known from an earlier version.
-        """
-        chunks = range(first // _START_CHUNK, (first + n - 1) // _START_CHUNK + 1)
-        shape = (_START_CHUNK, self.form.k)
-        drawn = [np.random.default_rng([self.seed, chunk]).normal(scale=_START_SCALE, size=shape) for chunk in chunks]
-        skip, given = first % _START_CHUNK, self.form.inputs
-        d = len(given.learnt)
-        mean = np.zeros((n, d))
-        mean[:, 1 : 1 + self.form.k] = np.concatenate(drawn)[skip : skip + n]
-        covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
-        learnt = Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
-        start = given.whole(learnt, given.of(self.attributes[first : first + n]))
-        if self.known is not None:
-            within = slice(*np.searchsorted(self.known.places, [first, first + n]))
-            for values, known in zip(start, self.known.vectors, strict=True):
-                values[self.known.places[within] - first] = known[within]
-        return start
 
 
 class Engine(Protocol):
@@ -121,90 +66,6 @@ class Engine(Protocol):
         """All that the steps change, for :meth:`restore`."""
 
     def restore(self, snapshot: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class BlockSums:
-    """What one block of users says: (A_x, b_x) for the inputs it saw, its users' moments and its part of the loss."""
-
-    seen: np.ndarray  # catalogue indices, sorted
-    sums: InputSums
-    moments: Moments
-    constant: float  # what the deviance has beside what the sums give
-    held_out: float  # summed surprise of the events held out
-    zeros: Array | None = None  # what zeros of weight 1 of its users say to every input, where there are any
-
-
-@dataclass(frozen=True)
-class UserStep:
-    """What a partition needs for its half-step: the part of a pass that is sent to the workers."""
-
-    features: Features
-    prior: VectorPrior
-    noise: float
-    loss: Loss
-    mu: float
-    step: float = 1.0  # how far working values move to their new ones
-
-    def __call__(self, block: EventBlock) -> tuple[EventBlock, BlockSums]:
-        """The users' posteriors and what they say to the inputs; the block with new working values, where it has any."""
-        features = self.features.take(block.inputs)
-        dtype = features.phi.dtype  # of the products and of what is sent, not of what is solved
-        sums = InputSums.zeros(len(block.inputs), features.phi.shape[1], dtype)
-        moments, constant, held_out = [], 0.0, 0.0
-        zeros = np.zeros(sums.second.shape[1]) if isinstance(self.prior, WithZeros) else None
-        block = self._started(block)
-        precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
-        for users in block.parts():
-            attributes, entries = block.attributes[users], block.entries(users)
-            weights, labels = (
-                block.matrix(values.astype(dtype, copy=False))[users] for values in (precision, information)
-            )
-            a, b = (of_users.astype(float, copy=False) for of_users in alternation.user_sums(weights, labels, features))
-            posteriors = self.prior.posteriors(a, b, attributes, self.noise)
-            moments.append(self.prior.moments(posteriors, attributes))
-            if not self.loss.is_quadratic:
-                mean, variance = beliefs(weights, posteriors, features)
-                events = mean, variance, block.weights[entries], block.labels[entries]
-                for values, fresh in zip((precision, information), self.loss.working(*events), strict=True):
-                    values[entries] += self.step * (fresh - values[entries])
-                surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
-                constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
-                weights, labels = (block.matrix(values)[users] for values in (precision, information))
-            if block.extra is not None:
-                held_out += self._surprise(block, users, posteriors, features)
-            said = alternation.input_sums(weights, labels, posteriors)
-            sums.second[:] += said.second
-            sums.first[:] += said.first
-            if zeros is not None:
-                zeros += zeros_of(posteriors)
-        if not self.loss.is_quadratic:
-            block = replace(block, precision=precision, information=information)
-        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros)
-
-    def _surprise(self, block: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
-        """Of the events held out, under what the users know of the others."""
-        extra = block.extra
-        assert extra is not None
-        pattern = extra.matrix(extra.weights, (len(block), len(block.inputs)))[users]
-        entries = slice(int(extra.starts[users.start]), int(extra.starts[users.stop]))
-        events = *beliefs(pattern, posteriors, features), extra.weights[entries], extra.labels[entries]
-        return float(self.loss.surprise(*events) @ (extra.roles[entries] == blocks.HELD_OUT))
-
-    def _started(self, block: EventBlock) -> EventBlock:
-        """With working values to begin from."""
-        if self.loss.is_quadratic or block.precision is not None:
-            return block
-        mean_label = float(self.loss.response(np.array(self.mu), np.array(0.0)))
-        belief = self.loss.start(block.weights, block.labels, mean_label)
-        precision, information = self.loss.working(*belief, block.weights, block.labels)
-        return replace(block, precision=precision, information=information)
-
-
-def _copies(block: EventBlock) -> tuple[Array, Array]:
-    assert block.precision is not None
-    assert block.information is not None
-    return block.precision.copy(), block.information.copy()
 
 
 class LocalEngine:

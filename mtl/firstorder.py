@@ -23,127 +23,13 @@ import scipy.optimize
 
 from mtl.basis import FittedBasis, integrated_weights
 from mtl.config import FunctionSettings
-from mtl.errors import ConfigError, MtlError, OracleError
+from mtl.differentiable import SHARED, Differentiable, gradient_of, start_of, values_of
+from mtl.errors import OracleError
 from mtl.gaussian import Array
-from mtl.oracle.imports import load_object
 
 _ROUNDING = 1e-9  # of the objective: a rise by less is none
-_SHARED = -1  # the owner of a parameter of more than one basis function
 
 log = logging.getLogger("mtl")
-
-
-class Differentiable(Protocol):
-    """g(x; θ) = [o − μ, f_1 … f_k] of n inputs at once, d = k+1; a row's values must not depend on other rows."""
-
-    def start(self, p: int, d: int, seed: int) -> Array:
-        """θ before training, (m,), for inputs of p attributes (the first is the constant 1)."""
-
-    def values(self, theta: Array, attributes: Array) -> Array:
-        """θ (m,) and attributes (n, p) → (n, d)."""
-
-    def gradient(self, theta: Array, attributes: Array, upstream: Array) -> Array:
-        """Σ_rows (∂values/∂θ)ᵀ upstream, for ``upstream`` (n, d): (m,)."""
-
-
-@dataclass(frozen=True)
-class LinearFunction:
-    """g(z) = Bᵀz, θ = B (p, d) row by row: what the linear oracle fits, here for all functions jointly."""
-
-    def start(self, p: int, d: int, seed: int) -> Array:
-        return np.zeros(p * d)
-
-    def values(self, theta: Array, attributes: Array) -> Array:
-        return attributes @ theta.reshape(attributes.shape[1], -1)
-
-    def gradient(self, theta: Array, attributes: Array, upstream: Array) -> Array:
-        return (attributes.T @ upstream).ravel()
-
-    def owners(self, p: int, d: int) -> np.ndarray:
-        return np.tile(np.arange(d), p)
-
-
-@dataclass(frozen=True)
-class TwoLayer:
-    """g(z) = Vᵀ[1, tanh(Uᵀz)], one hidden layer that all basis functions share.
-
-    θ = U (p, hidden), then V (hidden + 1, d), row by row. V starts at 0, so that training begins at g = 0 as with an oracle.
-    """
-
-    hidden: int = 32
-
-    def start(self, p: int, d: int, seed: int) -> Array:
-        inner = np.random.default_rng(seed).normal(scale=p**-0.5, size=p * self.hidden)
-        return np.concatenate([inner, np.zeros((self.hidden + 1) * d)])
-
-    def values(self, theta: Array, attributes: Array) -> Array:
-        _, V, H = self._forward(theta, attributes)
-        return V[0] + H @ V[1:]
-
-    def gradient(self, theta: Array, attributes: Array, upstream: Array) -> Array:
-        _, V, H = self._forward(theta, attributes)
-        inner = attributes.T @ (upstream @ V[1:].T * (1 - H**2))
-        return np.concatenate([inner.ravel(), upstream.sum(0), (H.T @ upstream).ravel()])
-
-    def owners(self, p: int, d: int) -> np.ndarray:
-        return np.concatenate([np.full(p * self.hidden, _SHARED), np.tile(np.arange(d), self.hidden + 1)])
-
-    def _forward(self, theta: Array, attributes: Array) -> tuple[Array, Array, Array]:
-        """U (p, hidden), V (hidden + 1, d) and the hidden values (n, hidden)."""
-        p = attributes.shape[1]
-        U, V = theta[: p * self.hidden].reshape(p, self.hidden), theta[p * self.hidden :].reshape(self.hidden + 1, -1)
-        return U, V, np.tanh(attributes @ U)
-
-
-@dataclass(frozen=True)
-class TorchFunction:
-    """A ``torch.nn.Module`` (n, p) → (n, d) in double precision, its gradient by autograd; θ is all its parameters.
-
-    In evaluation mode: dropout is off and batch normalization keeps its statistics, for rows must not depend on each other.
-    """
-
-    module: Any
-
-    @classmethod
-    def of(cls, factory: Callable[[int, int], Any], p: int, d: int, seed: int) -> TorchFunction:
-        """``factory(p, d)`` is the module, its random start repeatable."""
-        torch = _torch()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(factory(p, d).double().eval())
-
-    def start(self, p: int, d: int, seed: int) -> Array:
-        return _torch().nn.utils.parameters_to_vector(self.module.parameters()).detach().numpy().copy()
-
-    def values(self, theta: Array, attributes: Array) -> Array:
-        torch = _torch()
-        with torch.no_grad():
-            return self._call(torch.from_numpy(np.array(theta)), attributes).numpy()
-
-    def gradient(self, theta: Array, attributes: Array, upstream: Array) -> Array:
-        torch = _torch()
-        parameters = torch.from_numpy(np.array(theta)).requires_grad_()
-        self._call(parameters, attributes).backward(torch.from_numpy(np.array(upstream)))
-        return parameters.grad.numpy()
-
-    def _call(self, theta: Any, attributes: Array) -> Any:
-        torch = _torch()
-        parameters, first = {}, 0
-        for name, parameter in self.module.named_parameters():
-            parameters[name] = theta[first : first + parameter.numel()].view_as(parameter)
-            first += parameter.numel()
-        return torch.func.functional_call(self.module, parameters, (torch.from_numpy(np.array(attributes)),))
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise ConfigError('function.kind = "torch" needs PyTorch: pip install "oracle-mtl[torch]"') from None
-    return torch
-
-
-# --- One pass's view of θ ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,9 +48,9 @@ class Slope:
         Raises:
             OracleError: the function raised, or what it returned are no finite numbers of the right shape.
         """
-        g = _values(function, theta, attributes, v.shape[1])
+        g = values_of(function, theta, attributes, v.shape[1])
         told = np.einsum("nij,nj->ni", W, g)
-        gradient = _gradient(function, theta, attributes, told - v)
+        gradient = gradient_of(function, theta, attributes, told - v)
         weight = np.einsum("nii->ni", W)
         return cls(
             float(np.sum(g * (told / 2 - v))), gradient, weight.sum(0), np.asarray((weight > 0).sum(0), dtype=float)
@@ -271,14 +157,14 @@ class FunctionBasis(FittedBasis):
         Raises:
             OracleError: the function does not start.
         """
-        theta = _start(function, p, d, seed)
+        theta = start_of(function, p, d, seed)
         own = getattr(function, "owners", None)
-        owners = own(p, d) if own else np.full(len(theta), _SHARED)
+        owners = own(p, d) if own else np.full(len(theta), SHARED)
         covariance = variance * np.eye(d) if residual else np.zeros((d, d))
         return cls(function, optimizer, covariance, residual, theta, weight_decay, owners)
 
     def mean(self, attributes: Array) -> Array:
-        return _values(self.function, self.theta, attributes, len(self.covariance))
+        return values_of(self.function, self.theta, attributes, len(self.covariance))
 
     def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> FunctionBasis:
         """The optimizer's steps on what the events say of the inputs.
@@ -331,118 +217,7 @@ class FunctionBasis(FittedBasis):
         return {"refused_steps": self.refused}
 
 
-# --- What the user gives ----------------------------------------------------------------------------------------------
-
-
-def make_function(settings: FunctionSettings, p: int, d: int, seed: int) -> Differentiable:
-    """The configured function, for inputs of p attributes and d = k+1 values.
-
-    Raises:
-        ConfigError: the factory is missing, superfluous, cannot be imported or fails; PyTorch is wanted and not installed.
-    """
-    given = settings.kind in ("custom", "torch")
-    if given and not settings.factory:
-        raise ConfigError(
-            f'function.kind {settings.kind} needs function.factory, such as "my_package.functions:Factors"'
-        )
-    if not given:
-        if settings.factory:
-            raise ConfigError(f"function.factory is for function.kind custom or torch, not {settings.kind}")
-        return LinearFunction() if settings.kind == "linear" else TwoLayer(settings.hidden)
-    if settings.kind == "torch":
-        _torch()
-    factory = load_object("function.factory", settings.factory)
-    try:
-        return TorchFunction.of(factory, p, d, seed) if settings.kind == "torch" else factory()
-    except Exception as error:
-        raise ConfigError(f"function.factory = {settings.factory!r}: {type(error).__name__}: {error}") from error
-
-
 def make_optimizer(settings: FunctionSettings, seed: int) -> Optimizer:
     if settings.optimizer == "lbfgs":
         return LBFGS(settings.steps)
     return Adam(settings.steps, settings.learning_rate, settings.batch, seed)
-
-
-def check_gradient(
-    function: Differentiable,
-    p: int,
-    d: int,
-    attributes: Array | None = None,
-    seed: int = 0,
-    parameters: int = 50,
-    tolerance: float = 1e-4,
-) -> None:
-    """Compare a function's gradient with central finite differences of its values, near its start.
-
-    Args:
-        attributes: rows to do it on, (n, p); random ones by default.
-        parameters: how many entries of θ are compared, chosen at random.
-        tolerance: difference allowed, relative to the larger of the two and to the largest entry of the gradient.
-
-    Raises:
-        OracleError: they differ (naming the parameter and both values), or rows influence each other, or the function
-            raised or returned what is no finite number of the right shape.
-    """
-    random = np.random.default_rng(seed)
-    z = np.column_stack([np.ones(8), random.normal(size=(8, p - 1))]) if attributes is None else attributes
-    theta = _start(function, p, d, seed)
-    theta = theta + 0.1 * random.normal(size=theta.shape)  # not where a layer that starts at 0 hides the others
-    upstream = random.normal(size=(len(z), d))
-    half = len(z) // 2
-    whole, part = _values(function, theta, z, d), _values(function, theta, z[:half], d)
-    if not np.allclose(whole[:half], part, rtol=1e-6, atol=1e-9 * (1 + np.abs(whole).max(initial=0.0))):
-        raise OracleError("the function's values of a row depend on the other rows: it would differ between partitions")
-    gradient = _gradient(function, theta, z, upstream)
-    for j in sorted(random.choice(len(theta), min(parameters, len(theta)), replace=False)):
-        step = np.zeros_like(theta)
-        step[j] = 1e-5 * max(1.0, abs(theta[j]))
-        rise = _values(function, theta + step, z, d) - _values(function, theta - step, z, d)
-        expected = float(np.sum(upstream * rise) / (2 * step[j]))
-        allowed = tolerance * (max(abs(expected), abs(gradient[j])) + 1e-2 * np.abs(gradient).max() + 1e-6)
-        if abs(gradient[j] - expected) > allowed:
-            raise OracleError(
-                f"the gradient of the function is wrong in parameter {j} of {len(theta)}: "
-                f"it says {gradient[j]:.6g}, finite differences of the values {expected:.6g}"
-            )
-
-
-def _start(function: Differentiable, p: int, d: int, seed: int) -> Array:
-    theta = _called("does not start", function.start, p, d, seed)
-    return _numbers("start", theta, np.shape(theta)[:1] or (1,))
-
-
-def _values(function: Differentiable, theta: Array, attributes: Array, d: int) -> Array:
-    if not len(attributes):
-        return np.empty((0, d))
-    values = _called("has no values", function.values, theta, attributes)
-    return _numbers("values", values, (len(attributes), d))
-
-
-def _gradient(function: Differentiable, theta: Array, attributes: Array, upstream: Array) -> Array:
-    if not len(attributes):
-        return np.zeros_like(theta)
-    return _numbers("gradient", _called("has no gradient", function.gradient, theta, attributes, upstream), theta.shape)
-
-
-def _called(what: str, method: Callable, *arguments: Any) -> Any:
-    try:
-        return method(*arguments)
-    except MtlError:
-        raise
-    except Exception as error:
-        raise OracleError(f"the function {what} ({type(error).__name__}: {error})") from error
-
-
-def _numbers(method: str, returned: Any, shape: tuple[int, ...]) -> Array:
-    try:
-        numbers = np.asarray(returned, float)
-    except (TypeError, ValueError) as error:
-        raise OracleError(f"the function's {method} returned no array of numbers ({error})") from None
-    if numbers.shape != shape:
-        raise OracleError(f"the function's {method} returned shape {numbers.shape}, {shape} is wanted")
-    if not np.isfinite(numbers).all():
-        raise OracleError(
-            f"the function's {method} returned {np.sum(~np.isfinite(numbers))} numbers that are not finite"
-        )
-    return numbers

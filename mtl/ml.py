@@ -30,13 +30,13 @@ from mtl.arrow import lists
 from mtl.config import Settings
 from mtl.described import Described
 from mtl.errors import ConfigError, InputError, StateError
+from mtl.fitting import train
 from mtl.losses import LOSSES
 from mtl.models import Model, model_of, model_row
 from mtl.params import Training, with_accessors
 from mtl.parse import checked_events, text_id
 from mtl.read import quoted
 from mtl.recommend import ID, RATING, RECOMMENDATIONS, VECTOR, recommend
-from mtl.retrain import train
 from mtl.schema import INPUT_ID, LABEL, REASON, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score_rows
 from mtl.users import prior_means

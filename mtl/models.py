@@ -134,19 +134,10 @@ def next_version(tables: Tables) -> int:
     return version
 
 
-def publish(
-    tables: Tables,
-    model: Model,
-    form: str,
-    objective: tuple[float, ...],
-    n_events: int,
-    metrics: Mapping[str, Any],
-    settings: Settings,
-) -> None:
-    """Append the model's row: from then on the version exists."""
-    row = model_row(model, form, objective, n_events, metrics, settings)
+def publish(tables: Tables, row: Mapping[str, Any]) -> None:
+    """Append the row of a model (:func:`model_row`): from then on the version exists."""
     rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
-    promoted = F.current_timestamp() if model.status == schema.LIVE else F.lit(None).cast("timestamp")
+    promoted = F.current_timestamp() if row[schema.STATUS] == schema.LIVE else F.lit(None).cast("timestamp")
     tables.append(
         schema.MODELS,
         rows.withColumn(schema.CREATED_AT, F.current_timestamp()).withColumn(schema.PROMOTED_AT, promoted),

@@ -149,8 +149,8 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Locked:
-    """A prior that training leaves as it is."""
+class Wrapped:
+    """A prior that does what another does, but for what a class that derives from it says."""
 
     prior: VectorPrior
 
@@ -169,16 +169,30 @@ class Locked:
         return self.prior.conditional(precision, information, mean, noise)
 
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        return self.prior.posteriors(precision, information, attributes, noise)
+        return self.conditional(precision, information, self.mean(attributes), noise)
 
     def moments(self, vectors: Posterior, attributes: Array) -> Moments:
         return self.prior.moments(vectors, attributes)
 
-    def learn(self, moments: Moments) -> Locked:
-        return self
+    def learn(self, moments: Moments) -> VectorPrior:
+        return replace(self, prior=self.prior.learn(moments))
 
     def divergence(self, moments: Moments) -> float:
         return self.prior.divergence(moments)
 
-    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> Locked:
+    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> VectorPrior:
+        return replace(self, prior=self.prior.refit(precision, information, attributes, noise))
+
+
+class Locked(Wrapped):
+    """A prior that training leaves as it is."""
+
+    def learn(self, moments: Moments) -> VectorPrior:
         return self
+
+    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> VectorPrior:
+        return self
+
+
+def unlocked(prior: VectorPrior) -> VectorPrior:
+    return prior.prior if isinstance(prior, Locked) else prior

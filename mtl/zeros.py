@@ -13,24 +13,23 @@ confidence w₀ + c and the preference c / (w₀ + c).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from mtl import gaussian
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
-from mtl.prior import Moments, VectorPrior
+from mtl.prior import VectorPrior, Wrapped
 
 
 @dataclass(frozen=True)
-class WithZeros:
+class WithZeros(Wrapped):
     """The users' prior with the zeros of all inputs there were: data that every user has, beside the events of its own.
 
     Inputs that come after training have no zeros until the next one.
     """
 
-    prior: VectorPrior
     precision: Array  # A₀, packed (d(d+1)/2,)
     information: Array  # b₀, (d,)
 
@@ -39,35 +38,8 @@ class WithZeros:
         """For the features of all inputs and w₀."""
         return cls(prior, weight * features.second_moment.sum(0), -weight * features.offset_phi.sum(0))
 
-    @property
-    def covariance(self) -> Array:
-        return self.prior.covariance
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.prior.counts
-
-    def mean(self, attributes: Array) -> Array:
-        return self.prior.mean(attributes)
-
     def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         return self.prior.conditional(precision + self.precision, information + self.information, mean, noise)
-
-    def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        return self.conditional(precision, information, self.mean(attributes), noise)
-
-    def moments(self, vectors: Posterior, attributes: Array) -> Moments:
-        return self.prior.moments(vectors, attributes)
-
-    def learn(self, moments: Moments) -> WithZeros:
-        return replace(self, prior=self.prior.learn(moments))
-
-    def divergence(self, moments: Moments) -> float:
-        return self.prior.divergence(moments)
-
-    def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> WithZeros:
-        evidence = precision + self.precision, information + self.information
-        return replace(self, prior=self.prior.refit(*evidence, attributes, noise))
 
 
 def without_zeros(prior: VectorPrior) -> VectorPrior:

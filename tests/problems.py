@@ -10,12 +10,13 @@ import pyarrow as pa
 from mtl import gaussian
 from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import EventBlock, build
-from mtl.engine import LocalEngine, Specification
+from mtl.engine import LocalEngine
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Array, Posterior
 from mtl.losses import LOSSES
 from mtl.prior import Prior, VectorPrior
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
+from mtl.userstep import Specification
 
 
 @dataclass(frozen=True)

@@ -17,29 +17,17 @@ from mtl import alternation, gaussian
 from mtl.alternation import InputSums
 from mtl.basis import OracleBasis, integrated_weights
 from mtl.config import load_settings
+from mtl.differentiable import Differentiable, LinearFunction, TorchFunction, TwoLayer, check_gradient, make_function
 from mtl.distributed import DistributedEngine, _Shard
 from mtl.engine import LocalEngine
 from mtl.errors import ConfigError, OracleError
-from mtl.firstorder import (
-    LBFGS,
-    Adam,
-    Differentiable,
-    FunctionBasis,
-    LinearFunction,
-    Optimizer,
-    Slope,
-    TorchFunction,
-    TwoLayer,
-    check_gradient,
-    make_function,
-    make_optimizer,
-)
+from mtl.firstorder import LBFGS, Adam, FunctionBasis, Optimizer, Slope, make_optimizer
+from mtl.fitting import _function_basis
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.oracle.linear import NormalEquations, fit_ridge
 from mtl.prior import COEFFICIENT_PRECISION, VectorPrior
-from mtl.retrain import _function_basis
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 
 FUNCTIONS = [LinearFunction(), TwoLayer(2)]
@@ -432,7 +420,7 @@ def test_the_function_and_its_optimizer_are_as_configured() -> None:
     assert make_optimizer(configured("function.steps=1").function, 0) == LBFGS(1)
     adam = configured("function.optimizer=adam", "function.steps=9", "function.batch=5").function
     assert make_optimizer(adam, 3) == Adam(9, 0.01, 5, 3)
-    own = configured("function.kind=custom", "function.factory=mtl.firstorder:LinearFunction").function
+    own = configured("function.kind=custom", "function.factory=mtl.differentiable:LinearFunction").function
     assert make_function(own, 3, 2, 0) == LinearFunction()
 
 
@@ -441,10 +429,10 @@ def test_the_function_and_its_optimizer_are_as_configured() -> None:
     [
         (["function.kind=custom"], "function.kind custom needs function.factory"),
         (
-            ["function.factory=mtl.firstorder:TwoLayer"],
+            ["function.factory=mtl.differentiable:TwoLayer"],
             "function.factory is for function.kind custom or torch, not linear",
         ),
-        (["function.kind=custom", "function.factory=mtl.firstorder:Nothing"], "function.factory = .* no attribute"),
+        (["function.kind=custom", "function.factory=mtl.differentiable:Nothing"], "function.factory = .* no attribute"),
         (["function.kind=custom", "function.factory=mtl.firstorder:LBFGS"], "function.factory = .*TypeError"),
         (["oracle.kind=identity"], "needs attributes of inputs"),
     ],

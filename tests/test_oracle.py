@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -153,6 +154,10 @@ def test_a_task_that_fits_a_function_says_what_went_wrong_instead_of_failing() -
         assert "basis function 1" in row["problem"]
 
 
+def session(cores: int) -> SimpleNamespace:
+    return SimpleNamespace(sparkContext=SimpleNamespace(defaultParallelism=cores))
+
+
 @pytest.mark.parametrize(
     ("kind", "parallel", "expected"),
     [
@@ -166,7 +171,8 @@ def test_a_task_that_fits_a_function_says_what_went_wrong_instead_of_failing() -
     ],
 )
 def test_black_boxes_are_fitted_at_once_unless_told_otherwise(kind: str, parallel: object, expected: bool) -> None:
-    assert bool(make_fit_all(settings(kind=kind, parallel=parallel), spark=None)) == expected
+    assert bool(make_fit_all(settings(kind=kind, parallel=parallel), session(cores=4))) == expected
+    assert bool(make_fit_all(settings(kind=kind, parallel=parallel), session(cores=2))) == (parallel is True)
 
 
 @pytest.mark.parametrize("kind", ["identity", "spark"])

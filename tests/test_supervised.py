@@ -14,9 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from mtl.config import SupervisedSettings, load_settings
 from mtl.encode import Encoder
 from mtl.errors import ConfigError, OracleError
+from mtl.fitting import _form, _input_encoder
 from mtl.forms import Form
 from mtl.oracle.linear import fit_ridge
-from mtl.retrain import _form, _input_encoder
 from mtl.supervised import Supervised, choose_labels
 from mtl.train import Schedule
 

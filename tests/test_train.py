@@ -16,13 +16,14 @@ from sklearn.tree import DecisionTreeRegressor
 from mtl import alternation, gaussian
 from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import HELD_OUT, TRAINED, build, from_arrow, to_arrow
-from mtl.engine import Known, LocalEngine
+from mtl.engine import LocalEngine
 from mtl.features import Features
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
 from mtl.resume import Checkpoint
 from mtl.train import Fit, Schedule, State, alternate
+from mtl.userstep import Known
 
 problems = st.builds(
     planted,

@@ -25,9 +25,9 @@ from scipy.stats import t as student
 from mtl import features, schema, score
 from mtl.config import Settings, load_settings
 from mtl.features import Features
+from mtl.fitting import train
 from mtl.gaussian import Array
 from mtl.models import Model
-from mtl.retrain import train
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.session import open_session
 from mtl.users import SharedInputs

@@ -24,7 +24,8 @@ from synthetic import RANK, write_events
 
 from mtl import schema
 from mtl.config import load_settings
-from mtl.retrain import retrain, train
+from mtl.fitting import train
+from mtl.retrain import retrain
 from mtl.session import open_session
 from mtl.tables import Tables
 

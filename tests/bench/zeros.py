@@ -18,12 +18,13 @@ import pyarrow as pa
 from mtl import alternation
 from mtl.blocks import build
 from mtl.datasets import fetch_movielens, movielens
-from mtl.engine import LocalEngine, Specification
+from mtl.engine import LocalEngine
 from mtl.forms import Form
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.prior import Prior
 from mtl.train import START_VARIANCE, Schedule, alternate
+from mtl.userstep import Specification
 from mtl.zeros import WithZeros
 
 STARS, SEED = 4, 0

@@ -14,10 +14,11 @@ from pyspark.sql import SparkSession
 
 from mtl import blocks
 from mtl.basis import OracleBasis
+from mtl.differentiable import TwoLayer
 from mtl.distributed import DistributedEngine
 from mtl.engine import LocalEngine
 from mtl.errors import ConfigError
-from mtl.firstorder import LBFGS, FunctionBasis, TwoLayer
+from mtl.firstorder import LBFGS, FunctionBasis
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Array
 from mtl.losses import LOSSES

@@ -25,7 +25,7 @@ from mtl.errors import InputError, StateError
 from mtl.evaluate import evaluate
 from mtl.features import Features, feature_rows
 from mtl.forms import Form
-from mtl.models import Artefact, Model, publish
+from mtl.models import Artefact, Model, model_row, publish
 from mtl.prior import Prior
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score
@@ -110,7 +110,7 @@ def known(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, model: 
     aged = AGES.assign(**{USER_ID: [*USERS, "u8"]})
     tables.append(schema.USER_ATTRIBUTES, spark.createDataFrame(pa.Table.from_pandas(aged)), evolve=True)
     tables.append(schema.EVENTS, spark.createDataFrame(pa.Table.from_pandas(events)))
-    publish(tables, model, "shared_basis", (1.0,), len(events), {}, load_settings())
+    publish(tables, model_row(model, "shared_basis", (1.0,), len(events), {}, load_settings()))
     return tables
 
 

@@ -11,7 +11,7 @@ from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.errors import StateError
 from mtl.forms import Form
-from mtl.models import Artefact, Model, load_model, next_version, promote, publish, rollback
+from mtl.models import Artefact, Model, load_model, model_row, next_version, promote, publish, rollback
 from mtl.prior import Prior
 from mtl.tables import Tables
 
@@ -28,7 +28,8 @@ def model(version: int, status: str) -> Model:
 
 def published(tables: Tables, *statuses: str) -> Tables:
     for version, status in enumerate(statuses, 1):
-        publish(tables, model(version, status), "shared_basis", (2.0, 1.0), 10, {"users": 3}, load_settings())
+        of = model(version, status)
+        publish(tables, model_row(of, "shared_basis", (2.0, 1.0), 10, {"users": 3}, load_settings()))
     return tables
 
 

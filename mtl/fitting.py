@@ -1,0 +1,393 @@
+"""From DataFrames of events and attributes to a fitted model; nothing here reads or writes a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from tqdm import tqdm
+
+from mtl import gaussian, schema
+from mtl.arrow import lists
+from mtl.basis import OracleBasis
+from mtl.blocks import CAPPED, HELD_OUT, EventBlock
+from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
+from mtl.config import Settings, TrainSettings
+from mtl.differentiable import check_gradient, make_function
+from mtl.distributed import DistributedEngine
+from mtl.encode import Encoder, InputEncoder
+from mtl.engine import SparkEngine, Specification
+from mtl.errors import ConfigError, StateError
+from mtl.features import Features, feature_rows
+from mtl.firstorder import FunctionBasis, make_optimizer
+from mtl.forms import Form, partly_given
+from mtl.gaussian import Posterior
+from mtl.implicit import Implicit, Unknown
+from mtl.losses import LOSSES, Loss
+from mtl.models import Artefact, Model
+from mtl.oracle import make_fit_all, make_oracle, make_strategy
+from mtl.oracle.imports import load_object
+from mtl.partitions import changed, each_block, encode_users, partition_events
+from mtl.pipeline import PipelineEncoder
+from mtl.prior import Locked, Prior, VectorPrior, unlocked
+from mtl.resume import Checkpoint
+from mtl.sampling import with_roles
+from mtl.schema import INPUT_ID, USER_ID
+from mtl.start import Live, from_covariance
+from mtl.supervised import Supervised
+from mtl.train import START_VARIANCE, Fit, Schedule, alternate
+from mtl.working import settle
+from mtl.zeros import WithZeros, without_zeros
+
+log = logging.getLogger("mtl")
+
+MAX_K = 20
+ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
+_CHECKED_INPUTS = 32  # that a user's function is tried on before training
+_SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
+_EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fitted model with all that its rows are written from; close its ``engine`` when they are."""
+
+    engine: SparkEngine | DistributedEngine
+    fit: Fit
+    form: Form
+    loss: Loss
+    mu: float  # μ, what h is centred on
+    catalogue: Catalogue
+    user_encoder: Encoder
+    input_encoder: InputEncoder
+    user_implicit: int
+    input_implicit: int
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What there is to say of it in one line."""
+        fit, catalogue = self.fit, self.catalogue
+        return {
+            "rows": catalogue.n_events,
+            "inputs": len(catalogue.ids),
+            "k": self.form.k,
+            "noise": fit.noise,
+            "iterations": fit.iterations,
+            "damped_iterations": fit.damped,
+            **fit.inputs.counts,
+        }
+
+    def model(self, version: int, status: str, events_version: int, inputs_version: int) -> Model:
+        fit, catalogue = self.fit, self.catalogue
+        return Model(
+            version=version,
+            status=status,
+            form=self.form,
+            loss=self.loss.name,
+            mean_label=self.mu,
+            noise=fit.noise,
+            label_min=catalogue.label_min,
+            label_max=catalogue.label_max,
+            events_version=events_version,
+            inputs_version=inputs_version,
+            artefact=Artefact(
+                self.user_encoder, self.input_encoder, self.user_implicit, self.input_implicit, fit.users, fit.inputs
+            ),
+        )
+
+    def feature_rows(self, version: int) -> DataFrame:
+        """Rows of the features table."""
+        width = self.input_implicit
+        ids, mu, prior = (
+            self.engine.rows.sparkSession.sparkContext.broadcast(self.catalogue.ids),
+            self.mu,
+            self.fit.inputs,
+        )
+
+        def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
+            features = Features.of(inputs.mean, inputs.covariance, mu)
+            residual, implicit = inputs.mean - prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
+            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual, implicit)
+
+        return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
+
+    def user_rows(self, version: int) -> DataFrame:
+        """Rows of the users table, from one more pass over the events under the final features."""
+        arguments = (self.fit.users, self.fit.noise, self.loss, version)
+        users = self.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
+        return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
+
+
+def train(
+    events: DataFrame,
+    inputs: DataFrame,
+    users: DataFrame,
+    settings: Settings,
+    live: Live | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Fit users, inputs and priors over all events; nothing is written but the checkpoint.
+
+    Args:
+        events: user_id, input_id, label, weight.
+        inputs: input_id and the attributes of inputs; an input may be missing.
+        users: user_id and the attributes of users; likewise.
+        live: the version to begin from, or of which a part is kept.
+        checkpoint: where a training that is interrupted goes on from.
+
+    Raises:
+        StateError: there are no events, or all labels are equal.
+        ConfigError: the settings ask for columns that there are not, or contradict each other.
+    """
+    loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
+    if zero_weight and not loss.is_quadratic:
+        raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {loss.name}')
+    if zero_weight and settings.train.holdout:
+        raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
+    events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
+    attributes = inputs.toPandas()
+    catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
+    _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
+    log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
+
+    lock, n_inputs = settings.train.lock, len(catalogue.ids)
+    kept = live.model.artefact if live else None
+    if kept and "features" in lock:
+        input_encoder = kept.input_encoder
+    else:
+        input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
+    sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
+    user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
+    encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
+    n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
+    undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
+
+    identity = settings.oracle.kind == "identity"
+    implicit = Implicit.fit(partial(each_block, undescribed), catalogue.counts, settings.encode, nothing=identity)
+    of_inputs = live.implicit(catalogue.ids) if live and "features" in lock else implicit.inputs(catalogue.counts)
+    of_users = Unknown(kept.user_implicit) if kept and "users" in lock else implicit
+    described = np.column_stack([describe_inputs(catalogue.ids, attributes, input_encoder), of_inputs])
+    rows = changed(undescribed, of_users.described) if of_users.width else undescribed
+    grams = each_block(rows, lambda block: (len(block), block.attributes.T @ block.attributes))
+    if rows is not undescribed:
+        undescribed.unpersist()
+    n_users, user_gram = sum(n for n, _ in grams), np.sum([gram for _, gram in grams], axis=0)
+
+    if zero_weight:
+        catalogue = catalogue.with_zeros(n_users, zero_weight)
+    if live and "features" in lock:
+        form, mu = live.model.form, live.model.mean_label
+    else:
+        form, mu = _form(settings, n_users, n_inputs, input_encoder, user_encoder), loss.link(catalogue.mean_label)
+    specification = Specification(
+        attributes=described,
+        form=form,
+        loss=loss,
+        mu=mu,
+        squared_labels=catalogue.trained.squared_labels,
+        seed=settings.train.seed,
+        known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
+        precision=_precision(settings.train, catalogue.n_events),
+        zero_weight=zero_weight,
+    )
+    make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
+    engine = make(rows, specification)
+    try:
+        fit = _fit(engine, settings, specification, user_gram, catalogue, live, checkpoint)
+    except BaseException:
+        engine.close()
+        raise
+    if zero_weight:
+        assert isinstance(engine, SparkEngine)
+        fit = replace(fit, users=WithZeros.of(fit.users, engine.features, zero_weight))
+    widths = of_users.width, of_inputs.shape[1]
+    return Trained(engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, *widths)
+
+
+def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> InputEncoder:
+    labels = settings.supervised.labels
+    encoder: InputEncoder
+    seen = [name for name in attributes.columns if name not in labels]
+    if settings.oracle.pipeline:
+        make = load_object("oracle.pipeline", settings.oracle.pipeline)
+        encoder = PipelineEncoder.fit(attributes[seen], T.StructType([kinds[name] for name in seen]), make())
+    else:
+        encoder = Encoder.fit(attributes[[] if settings.oracle.kind == "identity" else seen], settings.encode)
+    if not labels:
+        return encoder
+    if settings.oracle.kind == "identity":
+        raise ConfigError("supervised.labels: oracle.kind identity sees no attributes to predict them from")
+    return Supervised.fit(attributes, encoder, settings.supervised)
+
+
+def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder, users: Encoder) -> Form:
+    """The form as configured; k as forced, or as many as the data can tell apart up to a maximum.
+
+    What is too many the priors shrink. Where other basis functions are given, none are learnt unless k is forced.
+    """
+    model = settings.model
+    multilevel = model.form == "multilevel"
+    of_inputs = inputs.linear("model.per_user", model.per_user or (["*"] if multilevel else []))
+    if multilevel and not of_inputs:
+        raise ConfigError("model.form multilevel needs attributes of inputs: ingest them with jobs/ingest.py --inputs")
+    predicted = inputs.predicted if isinstance(inputs, Supervised) else ()
+    k = 0 if multilevel or predicted else max(1, min(MAX_K, n_users - 1, n_inputs - 1))
+    of_users = users.linear("model.per_input", model.per_input)
+    return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
+
+
+def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
+    n, label = catalogue.n_events, catalogue.label_max
+    if label == catalogue.label_min and not (beside_zeros and label):
+        raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
+
+
+def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
+    """Sums and weights of the block's users under the final features."""
+    prior, noise, loss, version = arguments
+    block = block.with_extra(HELD_OUT, CAPPED)
+    assert block.users is not None
+    for part in block.parts():
+        mean = prior.mean(block.attributes[part])
+        posteriors = partial(prior.conditional, mean=mean, noise=noise)
+        a, b, users = settle(block.weight_matrix[part], block.label_matrix[part], features, posteriors, loss)
+        columns = {
+            schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
+            schema.USER_ID: block.users[part],
+            schema.A: lists(a),
+            schema.B: lists(b),
+            schema.W: lists(users.mean),
+            schema.PRIOR_MEAN: lists(mean),
+            schema.N_EVENTS: pa.array(block.n_events[part]),
+        }
+        yield pa.table(columns)
+
+
+def _ddl(table: str, without: str = "") -> str:
+    return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
+
+
+def _precision(settings: TrainSettings, n_events: int) -> str:
+    if settings.precision == "auto":
+        return "single" if n_events >= _SINGLE_FROM else "double"
+    return settings.precision
+
+
+def _distributes(settings: TrainSettings, n_inputs: int, d: int) -> bool:
+    """Whether the inputs' sums stay in Spark: as forced, or when they would pass the driver's limit."""
+    megabytes = n_inputs * gaussian.packed_length(d + 1) * 8 / 1e6
+    if settings.reduction == "auto":
+        return megabytes > settings.driver_limit_mb
+    return settings.reduction == "distributed"
+
+
+def _fit(
+    engine: SparkEngine | DistributedEngine,
+    settings: Settings,
+    specification: Specification,
+    user_gram: np.ndarray,
+    catalogue: Catalogue,
+    live: Live | None,
+    checkpoint: Checkpoint | None,
+) -> Fit:
+    form, lock = specification.form, settings.train.lock
+    d_users, d_inputs = len(form.users.learnt), len(form.inputs.learnt)
+    oracle, fit_all = make_oracle(settings.oracle), make_fit_all(settings.oracle, engine.rows.sparkSession)
+    strategy = make_strategy(settings.train.algorithm, settings.oracle)
+    users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
+    inputs: VectorPrior
+    repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
+    residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
+    if settings.train.algorithm == "first_order":
+        inputs = _function_basis(settings, specification.attributes, d_inputs, residual)
+    elif oracle:
+        inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual, strategy, fit_all)
+    else:
+        inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
+    if live and specification.known:
+        users = from_covariance(users, live.model.artefact.users.covariance, form.users)
+        inputs = from_covariance(inputs, live.model.artefact.inputs.covariance, form.inputs)
+    users, inputs = partly_given(users, form.users), partly_given(inputs, form.inputs)
+    if live and "users" in lock:
+        users = Locked(without_zeros(live.model.artefact.users))
+    if live and "features" in lock:
+        inputs = Locked(live.model.artefact.inputs)
+    noise = live.model.noise if live and specification.known else None
+
+    def run(schedule: Schedule, checkpoint: Checkpoint | None = None) -> Fit:
+        return _alternate(engine, users, inputs, specification.loss, catalogue, schedule, noise, checkpoint)
+
+    limit, tolerance = settings.train.max_iterations, settings.train.tolerance
+    if settings.train.iterations != "auto":
+        schedule = Schedule(settings.train.iterations)
+    elif not settings.train.holdout:
+        schedule = Schedule(limit, tolerance)
+    else:
+        schedule = Schedule(run(Schedule(limit, patience=settings.train.patience)).best)
+    if settings.train.holdout:
+        engine.train_on_all(catalogue.kept.squared_labels)
+        catalogue = replace(catalogue, trained=catalogue.kept)
+    fit = run(schedule, checkpoint)
+    return replace(fit, users=unlocked(fit.users), inputs=unlocked(fit.inputs))
+
+
+def _function_basis(settings: Settings, attributes: np.ndarray, d: int, residual: bool) -> FunctionBasis:
+    """The configured function before training, the gradient of a user's own checked on some inputs."""
+    if settings.oracle.kind == "identity":
+        raise ConfigError('train.algorithm = "first_order" needs attributes of inputs: not oracle.kind = "identity"')
+    p, of, seed = attributes.shape[1], settings.function, settings.train.seed
+    function = make_function(of, p, d, seed)
+    if of.kind in ("custom", "torch"):
+        check_gradient(function, p, d, attributes[:_CHECKED_INPUTS])
+    optimizer = make_optimizer(of, seed)
+    return FunctionBasis.start(function, optimizer, of.weight_decay, p, d, START_VARIANCE, residual, seed)
+
+
+def _alternate(
+    engine: SparkEngine | DistributedEngine,
+    users: VectorPrior,
+    inputs: VectorPrior,
+    loss: Loss,
+    catalogue: Catalogue,
+    schedule: Schedule,
+    noise: float | None,
+    checkpoint: Checkpoint | None,
+) -> Fit:
+    """:func:`mtl.train.alternate` with its progress shown and saved."""
+    resume = checkpoint.load(inputs) if checkpoint else None
+    if resume:
+        engine.inputs = resume.vectors
+    with tqdm(total=schedule.iterations, desc="retrain", unit="pass", disable=None) as bar:
+
+        def report(iteration: int, objective: float) -> None:
+            bar.update()
+            bar.set_postfix_str(f"objective {objective:.1f}")
+            log.info("retrain: iteration %d, objective %.3f", iteration, objective)
+
+        n, variance = catalogue.trained.n, catalogue.label_variance
+        fit = alternate(
+            engine,
+            users,
+            inputs,
+            loss,
+            n,
+            variance,
+            schedule,
+            report,
+            start_noise=noise,
+            locked=isinstance(inputs, Locked),
+            resume=resume,
+            save=checkpoint.save if checkpoint else None,
+        )
+    if checkpoint:
+        checkpoint.remove()
+    return fit

@@ -112,7 +112,7 @@ class Categories:
 
 @dataclass(frozen=True)
 class Text:
-    """Singular vectors of the text's trigrams, with a total variance of 1."""
+    """Singular vectors of the text's trigrams, of variance 1 on average, as numbers have: or a ridge would bear more on text."""
 
     name: str
     vectorizer: Any  # a fitted scikit-learn Pipeline
@@ -133,7 +133,7 @@ class Text:
         weighted = trigrams.fit_transform(_texts(values))
         svd = TruncatedSVD(min(settings.text_dimensions, values.nunique() - 1, weighted.shape[1]), random_state=0)
         with np.errstate(invalid="ignore"):  # its own account of the variance, where all texts are alike
-            variance = svd.fit_transform(weighted).var(0).sum()
+            variance = svd.fit_transform(weighted).var(0).mean()
         return cls(name, make_pipeline(trigrams, svd), float(np.sqrt(variance)) or 1.0)
 
     def __call__(self, values: pd.Series) -> Array:

@@ -17,6 +17,9 @@ from mtl import gaussian
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
 
+_CACHE_BYTES = 6 << 20
+_FEWEST_COLUMNS = 48  # reading the events' pattern again costs about as much as this many columns
+
 
 @dataclass(frozen=True)
 class InputSums:
@@ -36,7 +39,9 @@ def user_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, features: Features)
     Args:
         weights, labels: c and c·y of the users' events, (users, inputs); the sums are of their precision.
     """
-    return weights @ features.second_moment, labels @ features.phi - weights @ features.offset_phi
+    return _by_columns(
+        weights, features.second_moment, len(features)
+    ), labels @ features.phi - weights @ features.offset_phi
 
 
 def posteriors(
@@ -62,7 +67,7 @@ def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Posterior) 
     second[:, mean.shape[1] :] += users.covariance.astype(
         weights.dtype
     )  # past the first row of the triangle: w̃₀ = 1 is certain
-    return InputSums(weights.T @ second, labels.T @ mean)
+    return InputSums(_by_columns(weights.T, second, weights.shape[1]), labels.T @ mean)
 
 
 def input_evidence(sums: InputSums, mu: float) -> tuple[Array, Array]:
@@ -84,6 +89,19 @@ def squared_error(sums: InputSums, inputs: Posterior, mu: float) -> float:
     rows, columns = gaussian.triangle(e)
     second[:, (rows != 1) & (columns != 1)] += inputs.covariance
     return float(np.sum(gaussian.inner(sums.second, second, e)) - 2 * np.sum(sums.first * mean))
+
+
+def _by_columns(events: sp.spmatrix, moments: Array, n_inputs: int) -> Array:
+    """``events @ moments``, of as many columns at once as the cache holds for all inputs, for these are met in no order."""
+    columns = moments.shape[1]
+    width = max(_FEWEST_COLUMNS, _CACHE_BYTES // (moments.itemsize * max(n_inputs, 1)))
+    if width >= columns:
+        return events @ moments
+    product = np.empty((events.shape[0], columns), moments.dtype)
+    for first in range(0, columns, width):
+        part = slice(first, first + width)
+        product[:, part] = events @ np.ascontiguousarray(moments[:, part])
+    return product
 
 
 def _of_input(e: int) -> np.ndarray:

@@ -208,3 +208,19 @@ def test_an_uncertain_input_tells_less_of_a_user_than_a_certain_one() -> None:
     np.testing.assert_allclose(certainly.mean[0], np.linalg.solve([[2, 2], [2, 5]], [4, 8]))
     np.testing.assert_allclose(perhaps.mean[0], np.linalg.solve([[2, 2], [2, 6.5]], [4, 8]))
     assert abs(perhaps.mean[0, 1]) < abs(certainly.mean[0, 1])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 8 * 10 * 3, 1 << 20])
+def test_products_by_columns_are_the_whole_products(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternation, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(alternation, "_FEWEST_COLUMNS", 2)
+    problem = planted(3)
+    block, features = problem.block(), problem.engine(3).features
+    a, _ = alternation.user_sums(block.weight_matrix, block.label_matrix, features.take(block.inputs))
+    np.testing.assert_allclose(a, block.weight_matrix.toarray() @ features.second_moment[block.inputs], atol=1e-12)
+    users = gaussians(1, len(block), 4)
+    said = alternation.input_sums(block.weight_matrix, block.label_matrix, users)
+    mean = np.column_stack([np.ones(len(block)), users.mean])
+    second = gaussian.outer(mean)
+    second[:, 5:] += users.covariance
+    np.testing.assert_allclose(said.second, block.weight_matrix.toarray().T @ second, atol=1e-12)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import certain, definite, gaussians
+from problems import certain, definite, gaussians, planted
 from scipy import sparse
 from sklearn.linear_model import Ridge
 

@@ -21,7 +21,8 @@ from mtl.errors import StateError
 from mtl.ingest import INGEST
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
-from mtl.models import Model, load_model, versions
+from mtl.model import Model
+from mtl.models import load_model, versions
 from mtl.replay import in_turns
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables

@@ -33,7 +33,7 @@ from mtl.errors import StateError
 from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.metrics import clipped, cost
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.tables import Tables
 

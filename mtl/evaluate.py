@@ -16,7 +16,8 @@ from mtl.config import Settings
 from mtl.errors import InputError
 from mtl.losses import LOSSES
 from mtl.metrics import measures, ranking, sums
-from mtl.models import Model, load_model
+from mtl.model import Model
+from mtl.models import load_model
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
 from mtl.read import SourceFile, match, open_file, readable
 from mtl.schema import INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, REASON, USER_ID

@@ -33,7 +33,7 @@ from mtl.forms import Form, partly_given
 from mtl.gaussian import Posterior
 from mtl.implicit import Implicit, Unknown
 from mtl.losses import LOSSES, Loss
-from mtl.models import Artefact, Model
+from mtl.model import Artefact, Model
 from mtl.oracle import make_fit_all, make_oracle, make_strategy
 from mtl.oracle.imports import load_object
 from mtl.partitions import changed, each_block, encode_users, partition_events

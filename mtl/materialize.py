@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.features import feature_rows
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION
 from mtl.tables import Tables
 

@@ -10,7 +10,7 @@ from pyspark.ml.evaluation import BinaryClassificationEvaluator
 from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import LABEL
 
 # Probabilities and rates are kept this far from where one event could cost infinitely much.

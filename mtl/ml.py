@@ -32,7 +32,7 @@ from mtl.described import Described
 from mtl.errors import ConfigError, InputError, StateError
 from mtl.fitting import train
 from mtl.losses import LOSSES
-from mtl.models import Model, model_of, model_row
+from mtl.model import Model, model_of, model_row
 from mtl.params import Training, with_accessors
 from mtl.parse import checked_events, text_id
 from mtl.read import quoted
@@ -333,7 +333,7 @@ class OracleMTLModel(Described, FittedModel):
         row = frames[schema.MODELS].collect()[0]
         self._of = _Fitted(
             row.asDict(),
-            model_of(row),
+            model_of(row.asDict()),
             frames[schema.FEATURES],
             frames[schema.USERS],
             metadata["userType"],

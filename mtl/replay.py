@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.errors import StateError
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import EVENT_ID
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN

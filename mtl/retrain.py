@@ -10,6 +10,7 @@ from pyspark.sql import functions as F
 from mtl import models, schema
 from mtl.config import Settings, TrainSettings
 from mtl.fitting import train
+from mtl.model import model_row
 from mtl.resume import Checkpoint
 from mtl.start import Live
 from mtl.tables import Tables
@@ -44,7 +45,7 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     n_users = tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == version).count()
     result = {**trained.report, "users": n_users, "seconds": round(time.monotonic() - started, 3)}
     objective = trained.fit.objective
-    row = models.model_row(model, settings.model.form, objective, trained.catalogue.n_events, result, settings)
+    row = model_row(model, settings.model.form, objective, trained.catalogue.n_events, result, settings)
     models.publish(tables, row)
     if promote:
         models.promote(tables, version)

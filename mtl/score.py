@@ -24,7 +24,7 @@ from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.users import SharedInputs, prior_means

@@ -15,7 +15,7 @@ from mtl.catalogue import Catalogue
 from mtl.features import from_rows
 from mtl.forms import Form, Given
 from mtl.gaussian import Array, Posterior
-from mtl.models import Model
+from mtl.model import Model
 from mtl.prior import VectorPrior
 from mtl.schema import INPUT_ID
 from mtl.userstep import Known

@@ -35,7 +35,8 @@ from mtl.blocks import index_of
 from mtl.config import Settings
 from mtl.errors import ConfigError, ReplayError
 from mtl.materialize import features_of, materialize
-from mtl.models import Model, load_model
+from mtl.model import Model
+from mtl.models import load_model
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
 from mtl.tables import Tables
 from mtl.users import WRITTEN, SharedInputs, prior_means, updated_users

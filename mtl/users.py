@@ -17,7 +17,7 @@ from mtl.arrow import lists, matrix
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.working import settle
 

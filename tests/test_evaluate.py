@@ -23,7 +23,7 @@ from mtl.errors import InputError
 from mtl.evaluate import EDGES, _last
 from mtl.features import Features
 from mtl.forms import Form
-from mtl.models import Artefact, Model
+from mtl.model import Artefact, Model
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.score import _STATE, PREDICTION, STD, add_scores

@@ -13,7 +13,7 @@ from mtl.encode import Encoder
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.losses import LOSSES
-from mtl.models import Artefact, Model
+from mtl.model import Artefact, Model
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.users import TURN, SharedInputs, add_events

@@ -27,7 +27,7 @@ from mtl.config import Settings, load_settings
 from mtl.features import Features
 from mtl.fitting import train
 from mtl.gaussian import Array
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.session import open_session
 from mtl.users import SharedInputs

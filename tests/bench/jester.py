@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 
 from mtl import baselines
 from mtl.config import load_settings
-from mtl.models import Model
+from mtl.model import Model
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 
 TEST_FRACTION, COLD_INPUTS = 0.2, 20

@@ -27,7 +27,7 @@ from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.features import Features
 from mtl.forms import Form
-from mtl.models import Artefact, Model
+from mtl.model import Artefact, Model
 from mtl.prior import Prior
 from mtl.session import open_session
 from mtl.tables import Tables

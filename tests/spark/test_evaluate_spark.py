@@ -25,7 +25,8 @@ from mtl.errors import InputError, StateError
 from mtl.evaluate import evaluate
 from mtl.features import Features, feature_rows
 from mtl.forms import Form
-from mtl.models import Artefact, Model, model_row, publish
+from mtl.model import Artefact, Model, model_row
+from mtl.models import publish
 from mtl.prior import Prior
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score

@@ -11,7 +11,8 @@ from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.errors import StateError
 from mtl.forms import Form
-from mtl.models import Artefact, Model, load_model, model_row, next_version, promote, publish, rollback
+from mtl.model import Artefact, Model, model_row
+from mtl.models import load_model, next_version, promote, publish, rollback
 from mtl.prior import Prior
 from mtl.tables import Tables
 

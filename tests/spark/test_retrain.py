@@ -21,7 +21,8 @@ from mtl.errors import StateError
 from mtl.features import Features, from_rows
 from mtl.forms import Form
 from mtl.materialize import materialize
-from mtl.models import Model, load_model
+from mtl.model import Model
+from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import (
     EVENT_ID,

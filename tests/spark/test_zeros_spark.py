@@ -13,7 +13,8 @@ from mtl.arrow import matrix
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
 from mtl.materialize import features_of
-from mtl.models import Model, load_model
+from mtl.model import Model
+from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, USERS, WEIGHT
 from mtl.score import PREDICTION, score

@@ -1,0 +1,133 @@
+"""What one retraining learnt: functions that need neither Spark nor tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pandas as pd
+
+from mtl import gaussian, schema
+from mtl.config import Settings
+from mtl.encode import Encoder, InputEncoder
+from mtl.features import Features
+from mtl.forms import Form
+from mtl.gaussian import Array, Posterior
+from mtl.prior import VectorPrior
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The learnt functions of a model version, stored pickled: load only tables that you trust."""
+
+    user_encoder: Encoder
+    input_encoder: InputEncoder
+    user_implicit: int  # columns after the encoded attributes that stand for training events (mtl.implicit)
+    input_implicit: int
+    users: VectorPrior
+    inputs: VectorPrior
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model version, without its rows of features and users."""
+
+    version: int
+    status: str
+    form: Form
+    loss: str
+    mean_label: float  # μ: the link of the mean label, on which h is centred
+    noise: float
+    label_min: float
+    label_max: float
+    events_version: int
+    inputs_version: int
+    artefact: Artefact = field(repr=False)
+
+    @property
+    def d(self) -> int:
+        """Length of φ and w: the basis functions and the intercept."""
+        return self.form.d
+
+    def input_basis(self, attributes: pd.DataFrame) -> Array:
+        """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""
+        return self.artefact.inputs.mean(
+            _encoded(self.artefact.input_encoder, attributes, self.artefact.input_implicit)
+        )
+
+    def features_of_new(self, attributes: pd.DataFrame) -> Features:
+        """Features of inputs that no event is known of, from their attribute rows: g(z) with the residuals' covariance."""
+        mean = self.input_basis(attributes)
+        covariance = np.tile(gaussian.pack(self.artefact.inputs.covariance), (len(mean), 1))
+        return Features.of(mean, covariance, self.mean_label)
+
+    def prior_mean_of_new(self, attributes: pd.DataFrame) -> Array:
+        """Prior means of users that no event was known of in training, (n, d)."""
+        return self.artefact.users.mean(_encoded(self.artefact.user_encoder, attributes, self.artefact.user_implicit))
+
+    @property
+    def prior_mean_of_unknown(self) -> Array:
+        """Prior mean of a user of whom nothing is known, (d,)."""
+        return self.prior_mean_of_new(pd.DataFrame(index=[0]))[0]
+
+    def user_posteriors(self, a: Array, b: Array, prior_mean: Array) -> Posterior:
+        """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
+        return self.artefact.users.conditional(a, b, prior_mean, self.noise)
+
+
+def _encoded(encoder: InputEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
+    z = encoder(attributes)
+    return np.column_stack([z, np.zeros((len(z), implicit))])
+
+
+def model_of(row: Mapping[str, Any]) -> Model:
+    """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust."""
+    return Model(
+        version=row[schema.MODEL_VERSION],
+        status=row[schema.STATUS],
+        form=Form(row[schema.K], tuple(row[schema.INPUT_COLUMNS]), tuple(row[schema.USER_COLUMNS])),
+        loss=row[schema.LOSS],
+        mean_label=row[schema.MEAN_LABEL],
+        noise=row[schema.NOISE],
+        label_min=row[schema.LABEL_MIN],
+        label_max=row[schema.LABEL_MAX],
+        events_version=row[schema.EVENTS_VERSION],
+        inputs_version=row[schema.INPUTS_VERSION],
+        artefact=cloudpickle.loads(row[schema.ARTEFACT]),
+    )
+
+
+def model_row(
+    model: Model,
+    form: str,
+    objective: tuple[float, ...],
+    n_events: int,
+    metrics: Mapping[str, Any],
+    settings: Settings,
+) -> dict[str, Any]:
+    """The model as a row of the models table, its times left out; :func:`model_of` is the way back."""
+    return {
+        schema.MODEL_VERSION: model.version,
+        schema.STATUS: model.status,
+        schema.FORM: form,
+        schema.LOSS: model.loss,
+        schema.K: model.form.k,
+        schema.INPUT_COLUMNS: list(model.form.input_columns),
+        schema.USER_COLUMNS: list(model.form.user_columns),
+        schema.MEAN_LABEL: model.mean_label,
+        schema.NOISE: model.noise,
+        schema.LABEL_MIN: model.label_min,
+        schema.LABEL_MAX: model.label_max,
+        schema.PRIOR_COVARIANCE: gaussian.pack(model.artefact.users.covariance).tolist(),
+        schema.ARTEFACT: cloudpickle.dumps(model.artefact),
+        schema.EVENTS_VERSION: model.events_version,
+        schema.INPUTS_VERSION: model.inputs_version,
+        schema.N_EVENTS: n_events,
+        schema.OBJECTIVE: list(objective),
+        schema.METRICS: json.dumps(metrics),
+        schema.SETTINGS: settings.model_dump_json(),
+    }

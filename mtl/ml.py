@@ -330,10 +330,10 @@ class OracleMTLModel(Described, FittedModel):
 
     def _restore(self, frames: dict[str, DataFrame], metadata: dict[str, Any]) -> None:
         super()._restore(frames, metadata)
-        row = frames[schema.MODELS].collect()[0]
+        row = frames[schema.MODELS].collect()[0].asDict()
         self._of = _Fitted(
-            row.asDict(),
-            model_of(row.asDict()),
+            row,
+            model_of(row),
             frames[schema.FEATURES],
             frames[schema.USERS],
             metadata["userType"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -16,6 +15,7 @@ from mtl import features, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
+from mtl.checkpoint import end_of
 from mtl.config import Settings
 from mtl.errors import StateError
 from mtl.ingest import INGEST
@@ -23,10 +23,10 @@ from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
+from mtl.recover import batches_of, last_batch, ledger_of
 from mtl.replay import in_turns
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.update import QUERY
 from mtl.users import TRAINING, TURN, SharedInputs, updated_users
 
 log = logging.getLogger("mtl")
@@ -89,12 +89,12 @@ def _ingest_adds_up(tables: Tables) -> Check:
 def _update_adds_up(tables: Tables, model: Model) -> Check:
     """Batches are numbered without a gap, and what they and training applied is what the users have."""
     rows = (
-        _batches(tables, model)
+        batches_of(tables, model.version)
         .groupBy(schema.APPLICATION_ID)
         .agg(F.count(F.lit(1)).alias("batches"), F.max(schema.BATCH_ID).alias("last"))
     )
     gaps = sum(row["batches"] != row["last"] + 1 for row in rows.collect())
-    applied = _ledger(tables, model).agg(F.sum(schema.ACCEPTED)).first()[0] or 0
+    applied = ledger_of(tables, model.version).agg(F.sum(schema.ACCEPTED)).first()[0] or 0
     trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     total, n, distinct = users.agg(F.sum(schema.N_EVENTS), F.count(F.lit(1)), F.count_distinct(USER_ID)).first()
@@ -131,7 +131,7 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         whole = events = tables.read(schema.EVENTS, consumed).join(unreleased, schema.EVENT_ID, "left_anti")
     else:
         try:
-            events = in_turns(tables, model, _ledger(tables, model), waiting, consumed)
+            events = in_turns(tables, model, ledger_of(tables, model.version), waiting, consumed)
         except StateError as error:
             return {"holds": False, "reason": str(error)}
         whole = events.withColumn(TURN, F.lit(TRAINING))
@@ -206,17 +206,6 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
     }
 
 
-def _ledger(tables: Tables, model: Model) -> DataFrame:
-    version = f"v{model.version}"
-    rows = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == QUERY)
-    return rows.where(F.split(schema.APPLICATION_ID, "-")[1] == version)
-
-
-def _batches(tables: Tables, model: Model) -> DataFrame:
-    """The ledger rows of the stream's own batches, without the releases."""
-    return _ledger(tables, model).where(F.col(schema.OFFSETS).isNotNull())
-
-
 def _waiting(tables: Tables, model: Model) -> DataFrame:
     rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
     return rows.where(F.col(schema.RELEASED).isNull())
@@ -224,11 +213,11 @@ def _waiting(tables: Tables, model: Model) -> DataFrame:
 
 def _consumed_version(tables: Tables, model: Model) -> int | None:
     """The events commit through which training and stream have read; None where the stream is within one."""
-    last = _batches(tables, model).orderBy(F.col(schema.BATCH_ID).desc()).first()
+    last = last_batch(tables, model.version)
     if last is None:
         return model.events_version
-    offset = json.loads(last[schema.OFFSETS])
-    return offset["reservoirVersion"] - 1 if offset["index"] < 0 else None
+    commit, file = end_of(last[schema.OFFSETS])
+    return commit - 1 if file < 0 else None
 
 
 def _relative(stored: Column, scratch: Column) -> Column:

@@ -115,9 +115,26 @@ class SupervisedSettings(_Section):
 
 class UpdateSettings(_Section):
     max_files_per_trigger: int = Field(ge=1)
+    max_bytes_per_trigger: str = Field(pattern=r"^(\d+[kmgt]?b?)?$")
     trigger_seconds: float = Field(ge=0)
     partitions: int = Field(ge=0)
-    checkpoint: str
+    checkpoints: str
+
+
+class SwitchSettings(_Section):
+    policy: Literal["manual", "automatic"]
+    tolerance: float = Field(ge=0)
+    min_events: int = Field(ge=1)
+    lag_commits: int = Field(ge=0)
+    grace_seconds: float = Field(ge=0)
+    surprise_limit: float = Field(gt=1)
+    surprise_events: int = Field(ge=1)
+    retrain_here: bool
+
+
+class CareSettings(_Section):
+    compact_every_batches: int = Field(ge=0)
+    vacuum_every_compactions: int = Field(ge=0)
 
 
 class EvaluateSettings(_Section):
@@ -144,6 +161,8 @@ class Settings(_Section):
     encode: EncodeSettings
     supervised: SupervisedSettings
     update: UpdateSettings
+    switch: SwitchSettings
+    care: CareSettings
     evaluate: EvaluateSettings
     audit: AuditSettings
 

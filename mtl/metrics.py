@@ -18,13 +18,18 @@ SMALLEST = 1e-6
 BINS = 15  # of equal width, for the calibration error
 
 
-def clipped(prediction: Column, model: Model) -> Column:
-    """The prediction, no further out than a label can be: by the training labels' range where the loss is squared."""
-    low, high = {
+def bounds(model: Model) -> tuple[float, float]:
+    """How far out a prediction can be: the training labels' range where the loss is squared."""
+    return {
         "squared": (model.label_min, model.label_max),
         "logistic": (SMALLEST, 1 - SMALLEST),
         "poisson": (SMALLEST, math.inf),
     }[model.loss]
+
+
+def clipped(prediction: Column, model: Model) -> Column:
+    """The prediction within its :func:`bounds`."""
+    low, high = bounds(model)
     return F.greatest(F.least(prediction, F.lit(high)), F.lit(low))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,11 +56,43 @@ def publish(tables: Tables, row: Mapping[str, Any]) -> None:
 
 def versions(tables: Tables) -> DataFrame:
     """(model_version, status, promoted_at) of every version."""
-    return tables.read(schema.MODELS).select(schema.MODEL_VERSION, schema.STATUS, schema.PROMOTED_AT)
+    rows = tables.read(schema.MODELS).where(F.col(schema.STATUS) != schema.REQUESTED)
+    return rows.select(schema.MODEL_VERSION, schema.STATUS, schema.PROMOTED_AT)
+
+
+def live_version(tables: Tables) -> int | None:
+    row = versions(tables).where(F.col(schema.STATUS) == schema.LIVE).first()
+    return row[schema.MODEL_VERSION] if row else None
 
 
 def has_live(tables: Tables) -> bool:
-    return not versions(tables).where(F.col(schema.STATUS) == schema.LIVE).isEmpty()
+    return live_version(tables) is not None
+
+
+def candidates(tables: Tables) -> list[int]:
+    rows = versions(tables).where(F.col(schema.STATUS) == schema.CANDIDATE).collect()
+    return sorted(row[schema.MODEL_VERSION] for row in rows)
+
+
+def refuse(tables: Tables, version: int) -> None:
+    """Take a candidate out of the running: worse than the live version on fresh events."""
+    same = (F.col(schema.MODEL_VERSION) == version) & (F.col(schema.STATUS) == schema.CANDIDATE)
+    tables.delta(schema.MODELS).update(same, {schema.STATUS: F.lit(schema.REFUSED)})
+
+
+def request_retraining(tables: Tables, reason: str) -> None:
+    """A row in models that asks for a new version; the next version that is published answers it."""
+    row = {schema.STATUS: schema.REQUESTED, schema.METRICS: json.dumps({"reason": reason})}
+    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
+    tables.append(schema.MODELS, rows.withColumn(schema.CREATED_AT, F.current_timestamp()))
+
+
+def is_requested(tables: Tables) -> bool:
+    """Whether a retraining was asked for after the newest version."""
+    asked = F.max(F.when(F.col(schema.STATUS) == schema.REQUESTED, F.col(schema.CREATED_AT)))
+    made = F.max(F.when(F.col(schema.STATUS) != schema.REQUESTED, F.col(schema.CREATED_AT)))
+    row = tables.read(schema.MODELS).agg(asked.alias("asked"), made.alias("made")).first()
+    return row["asked"] is not None and (row["made"] is None or row["asked"] > row["made"])
 
 
 def promote(tables: Tables, version: int | None = None) -> dict[str, int | None]:

@@ -7,7 +7,6 @@ offsets in the ledger: Delta's stream reads commit by commit, and the files of a
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.checkpoint import Place, end_of
 from mtl.errors import StateError
 from mtl.model import Model
 from mtl.schema import EVENT_ID
@@ -28,8 +28,6 @@ from mtl.users import TRAINING, TURN
 _NOT_YET = -1  # the turn of events that are not applied
 
 _NAME, _LATE = "_mtl_file", "_mtl_late"
-
-Place = tuple[int, int]  # a commit, and the number of a file among those that it added
 
 
 def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame, consumed: int) -> DataFrame:
@@ -47,8 +45,8 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     turns = list(enumerate(ledger.orderBy(schema.CREATED_AT).collect(), TRAINING + 1))
     batches = [(turn, end_of(row[schema.OFFSETS])) for turn, row in turns if row[schema.OFFSETS] is not None]
     releases = {row[schema.BATCH_ID]: turn for turn, row in turns if row[schema.OFFSETS] is None}
-    location = tables.delta(schema.EVENTS).detail().collect()[0]["location"]
-    files = _files(tables, location, model.events_version + 1, consumed)
+    location = tables.location(schema.EVENTS)
+    files = files_added(tables, location, model.events_version + 1, consumed)
     read = batch_of([place for place, _ in files], [end for _, end in batches])
     turn_of = {path: _NOT_YET if i is None else batches[i][0] for (_, path), i in zip(files, read, strict=True)}
     by_name = _table(tables, _NAME, {_name(path): turn for path, turn in turn_of.items()}, pa.string())
@@ -60,7 +58,7 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     # Compaction rewrites files, and the new ones tell nothing of the order.
     rewritten = [f"{location}/{path}" for path in turn_of if _name(path) not in alive]
     if rewritten:
-        before = _files_as_they_were(tables, rewritten).join(by_name, _NAME).select(EVENT_ID, F.col(TURN).alias(_LATE))
+        before = ids_of_files(tables, rewritten).join(by_name, _NAME).select(EVENT_ID, F.col(TURN).alias(_LATE))
         in_order = in_order.join(before, EVENT_ID, "left").withColumn(TURN, F.coalesce(TURN, _LATE)).drop(_LATE)
     released = waiting.select(EVENT_ID, schema.RELEASED).join(
         _table(tables, schema.RELEASED, releases, pa.int64()), schema.RELEASED, "left"
@@ -71,19 +69,13 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     return in_order.where(F.col(TURN) != _NOT_YET)
 
 
-def end_of(offsets: str) -> Place:
-    """The last file of a batch, from its offsets in the ledger; the number −1 of a commit is before its first file."""
-    offset = json.loads(offsets)
-    return offset["reservoirVersion"], max(offset["index"], -1)
-
-
 def batch_of(files: list[Place], ends: list[Place]) -> list[int | None]:
     """Which of the batches, whose last files are ``ends`` in their order, read each file; None: none has yet."""
     found = (bisect_left(ends, file) for file in files)
     return [i if i < len(ends) else None for i in found]
 
 
-def _files(tables: Tables, location: str, first: int, last: int) -> list[tuple[Place, str]]:
+def files_added(tables: Tables, location: str, first: int, last: int) -> list[tuple[Place, str]]:
     """Place and path of the files that commits first … last of the events table added, in order."""
     logs = [f"{location}/_delta_log/{commit:020}.json" for commit in range(first, last + 1)]
     if not logs:
@@ -107,7 +99,7 @@ def _files(tables: Tables, location: str, first: int, last: int) -> list[tuple[P
     return files
 
 
-def _files_as_they_were(tables: Tables, paths: list[str]) -> DataFrame:
+def ids_of_files(tables: Tables, paths: list[str]) -> DataFrame:
     """Event ids of files that are no longer of the table, with the file's name."""
     try:
         return tables.spark.read.parquet(*paths).select(EVENT_ID, F.col("_metadata.file_name").alias(_NAME))

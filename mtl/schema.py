@@ -15,6 +15,7 @@ FEATURES = "features"
 USERS = "users"
 WAITING = "waiting"
 LEDGER = "ledger"
+PROGRESS = "progress"
 
 # Events
 EVENT_ID = "event_id"
@@ -56,6 +57,8 @@ PROMOTED_AT = "promoted_at"
 LIVE = "live"
 CANDIDATE = "candidate"
 RETIRED = "retired"
+REFUSED = "refused"  # a candidate that was worse than the live version on fresh events
+REQUESTED = "requested"  # no version: somebody asks for one
 
 # Features
 OFFSET = "offset"  # E[o(x)]
@@ -88,9 +91,22 @@ RELEASED = "released"
 FINGERPRINT = "fingerprint"
 OFFSETS = "offsets"
 
+# Progress: sums over the events of a batch, predicted before they were applied (mtl.progress)
+VALIDATED = "validated"  # how many events were predicted
+ABSOLUTE = "absolute"
+STANDARDIZED = "standardized"
+COVERED = "covered"
+PREDICTION_SUM = "prediction"
+LABEL_SUM = "label"
+SEEN_N = "seen_n"  # events by how many their user had before, see mtl.progress.SEEN
+SEEN_LOSS = "seen_loss"
+PHI_SUM = "phi_sum"
+PHI_SQUARES = "phi_squares"
+
 PLANNED = "planned"
 DONE = "done"
 ABANDONED = "abandoned"
+RECOVERED = "recovered"  # a new checkpoint goes on from here, see mtl.recover
 
 
 def _table(*fields: tuple[str, T.DataType]) -> T.StructType:
@@ -189,6 +205,26 @@ SCHEMAS: dict[str, T.StructType] = {
         (RELEASED, T.LongType()),
         (CREATED_AT, T.TimestampType()),
     ),
+    # What the update stream's events cost when predicted before they were applied: a row a batch or release.
+    PROGRESS: _table(
+        (MODEL_VERSION, T.LongType()),
+        (APPLICATION_ID, T.StringType()),
+        (BATCH_ID, T.LongType()),
+        (OFFSETS, T.StringType()),
+        (N_EVENTS, T.LongType()),
+        (VALIDATED, T.LongType()),
+        (LOSS, T.DoubleType()),
+        (ABSOLUTE, T.DoubleType()),
+        (STANDARDIZED, T.DoubleType()),
+        (COVERED, T.DoubleType()),
+        (PREDICTION_SUM, T.DoubleType()),
+        (LABEL_SUM, T.DoubleType()),
+        (SEEN_N, _VECTOR),
+        (SEEN_LOSS, _VECTOR),
+        (PHI_SUM, _VECTOR),
+        (PHI_SQUARES, _VECTOR),
+        (CREATED_AT, T.TimestampType()),
+    ),
 }
 
 PARTITIONED_BY: dict[str, list[str]] = {FEATURES: [MODEL_VERSION], USERS: [MODEL_VERSION], WAITING: [MODEL_VERSION]}
@@ -209,4 +245,5 @@ PROPERTIES: dict[str, dict[str, str]] = {
     USERS: _MERGED,
     WAITING: _MERGED,
     LEDGER: _LONG_MEMORY,
+    PROGRESS: _LONG_MEMORY,
 }

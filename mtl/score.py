@@ -34,7 +34,7 @@ PREDICTION = "prediction"
 STD = "std"
 
 # A user's state travels among the rows, under names that no row's own column has.
-_STATE = {name: f"_mtl_{name}" for name in (schema.A, schema.B, schema.PRIOR_MEAN)}
+STATE = {name: f"_mtl_{name}" for name in (schema.A, schema.B, schema.PRIOR_MEAN)}
 _ROWS_AT_ONCE = 16_384  # rows whose packed moments are gathered at once
 
 
@@ -68,11 +68,11 @@ def score_rows(
     """
     wanted = rows.select(USER_ID).distinct()
     known = users.join(wanted, USER_ID, "left_semi")
-    states = known.select(USER_ID, *_STATE).withColumnsRenamed(_STATE)
+    states = known.select(USER_ID, *STATE).withColumnsRenamed(STATE)
     if user_attributes is not None and len(user_attributes.columns) > 1:
         unknown = wanted.join(known, USER_ID, "left_anti")
         described = prior_means(user_attributes.join(unknown, USER_ID, "left_semi"), model)
-        states = states.unionByName(described.withColumnsRenamed(_STATE), allowMissingColumns=True)
+        states = states.unionByName(described.withColumnsRenamed(STATE), allowMissingColumns=True)
     inputs = inputs_of(model, shared, input_attributes, rows.select(INPUT_ID).distinct())
     broadcast = rows.sparkSession.sparkContext.broadcast((model, inputs))
     scored = T.StructType([*rows.schema.fields, *(T.StructField(name, T.DoubleType()) for name in (PREDICTION, STD))])
@@ -102,7 +102,7 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     """Rows and states of some users, told apart by their nulls → the rows with prediction and std.
 
     Args:
-        table: the rows' columns, null where a row is a state; a, b and prior_mean (under the names of ``_STATE``) of
+        table: the rows' columns, null where a row is a state; a, b and prior_mean (under the names of ``STATE``) of
             states; prior_mean alone of users that are described by attributes.
         inputs: as :func:`inputs_of` has them; an input that is not among them is unknown.
     """
@@ -111,7 +111,7 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     row, n_users = codes.indices.to_numpy(), len(codes.dictionary)
     a, b, prior_mean = _states(table, row, n_users, model)
 
-    rows = table.filter(pa.array(is_row)).drop_columns(list(_STATE.values()))
+    rows = table.filter(pa.array(is_row)).drop_columns(list(STATE.values()))
     place = index_of(rows[INPUT_ID], inputs.ids)
     place[place < 0] = len(inputs.ids)
     w, second = _moments(a, b, prior_mean, model)
@@ -130,11 +130,11 @@ def _states(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> tup
     d = model.d
     a, b = np.zeros((n_users, gaussian.packed_length(d))), np.zeros((n_users, d))
     prior_mean = np.tile(model.prior_mean_of_unknown, (n_users, 1))
-    is_state, has_mean = (table[_STATE[name]].is_valid().to_numpy() for name in (schema.A, schema.PRIOR_MEAN))
-    prior_mean[row[has_mean]] = matrix(table[_STATE[schema.PRIOR_MEAN]].filter(pa.array(has_mean)), d)
+    is_state, has_mean = (table[STATE[name]].is_valid().to_numpy() for name in (schema.A, schema.PRIOR_MEAN))
+    prior_mean[row[has_mean]] = matrix(table[STATE[schema.PRIOR_MEAN]].filter(pa.array(has_mean)), d)
     states = table.filter(pa.array(is_state))
-    a[row[is_state]] = matrix(states[_STATE[schema.A]], a.shape[1])
-    b[row[is_state]] = matrix(states[_STATE[schema.B]], d)
+    a[row[is_state]] = matrix(states[STATE[schema.A]], a.shape[1])
+    b[row[is_state]] = matrix(states[STATE[schema.B]], d)
     return a, b, prior_mean
 
 

@@ -35,6 +35,14 @@ class Tables:
         self._created: set[str] = set()
         self.root = root if self.in_catalog or "://" in root else os.path.abspath(root)
 
+    def apart(self) -> Tables:
+        """The same tables in a session of their own: transaction ids set in it reach no other thread's writes."""
+        session = self.spark.newSession()
+        for key, value in self.spark.conf.getAll.items():
+            if session.conf.isModifiable(key):
+                session.conf.set(key, value)
+        return Tables(session, self.root)
+
     def name(self, table: str) -> str:
         """The one opaque name by which SQL, reader and writer address ``table``."""
         return f"{self.root}.{table}" if self.in_catalog else f"delta.`{self.root}/{table}`"
@@ -80,6 +88,10 @@ class Tables:
     def version(self, table: str) -> int:
         """The latest commit version of the table."""
         return self.delta(table).history(1).collect()[0]["version"]
+
+    def location(self, table: str) -> str:
+        """The folder or URI of the table's files."""
+        return self.delta(table).detail().collect()[0]["location"]
 
     def append(self, table: str, rows: DataFrame, evolve: bool = False, once: tuple[str, int] | None = None) -> None:
         """Append ``rows``, at most once for (table, application, version) where ``once`` = (application, version) is given.

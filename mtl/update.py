@@ -1,270 +1,33 @@
-"""The update stream: every event added to its user once, whatever dies in between.
+"""The update job: the live version and its candidates kept up to date side by side, and the switch from one to another.
 
-A micro-batch N of the query with application id *app* takes these steps, each one Delta commit that carries (app, N):
-
-1. events whose input is not known are set aside in `waiting`, tagged N;
-2. a ledger row: offsets, fingerprint, counts;
-3. one MERGE of the other events' users into `users`.
-
-A batch that is repeated after a crash finds the steps that were committed and does the others. What it applies is
-fixed by step 1 and the batch itself: its events less those tagged N. The fingerprint in the ledger is compared on every
-repeat, for a damaged checkpoint can plan another batch under an old number, which Delta's own guard would silently skip.
-
-When a waiting event's input arrives it is applied in a *release*: tagged in `waiting`, then MERGE, then the ledger,
-under an application id of its own, between two batches. Batches and releases are applied one at a time, in the order of their
-ledger rows, for with other losses than squared the order matters a little.
+Every version has a query of its own (:mod:`mtl.stream`), so a candidate that catches up never holds the live one up. What
+is live is one word in the models table: the job writes it when its policy says so, reads it on every look, and follows
+whatever a person writes there.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-from pyspark.errors import StreamingQueryException
-from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
-from mtl import features, schema
-from mtl.blocks import index_of
+from mtl import models, schema
+from mtl.care import Care
+from mtl.checkpoint import end_of
 from mtl.config import Settings
-from mtl.errors import ConfigError, ReplayError
-from mtl.materialize import features_of, materialize
-from mtl.model import Model
+from mtl.errors import MtlError
 from mtl.models import load_model
-from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
+from mtl.recover import batches_of
+from mtl.retrain import retrain
+from mtl.schema import MODEL_VERSION
+from mtl.stream import Stream
+from mtl.switch import Comparison, Validated, compare, has_drifted
 from mtl.tables import Tables
-from mtl.users import WRITTEN, SharedInputs, prior_means, updated_users
 
 log = logging.getLogger("mtl")
-
-QUERY = "update"
-_ADVICE = "Restore the checkpoint that was, or train a new version with jobs/retrain.py"
-
-
-@dataclass
-class Tally:
-    """What one run of the job did."""
-
-    batches: int = 0
-    events: int = 0
-    applied: int = 0
-    waited: int = 0
-    released: int = 0
-
-
-@dataclass
-class Updater:
-    """Applies batches of events to the users of one model version; one writer, one batch or release at a time."""
-
-    tables: Tables
-    model: Model
-    checkpoint: str
-    partitions: int
-    tally: Tally = field(default_factory=Tally)
-    failure: Exception | None = None
-
-    def __post_init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inputs = self._load_inputs()
-        self.inputs_version: int | None = None  # the commit of inputs at the last release
-        self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
-
-    @property
-    def application(self) -> str:
-        """The application id: a new checkpoint is a new application, or Delta would skip its first batches."""
-        return f"{QUERY}-v{self.model.version}-{_checkpoint_id(self.checkpoint)}"
-
-    @property
-    def release_application(self) -> str:
-        return f"release-v{self.model.version}"
-
-    def apply(self, batch: DataFrame, number: int) -> None:
-        """Micro-batch ``number`` of the stream, first time or repeated.
-
-        Raises:
-            ReplayError: the ledger knows this batch number with other events.
-        """
-        with self.lock:
-            started = time.monotonic()
-            batch = batch.persist()
-            try:
-                applied, waited = self._apply(batch, number)
-            except Exception as error:
-                self.failure = error  # the stream hands on only its text
-                raise
-            finally:
-                batch.unpersist()
-            self.interrupted = False
-            self.tally.batches += 1
-            self.tally.events += applied + waited
-            self.tally.applied += applied
-            self.tally.waited += waited
-            seconds = time.monotonic() - started
-            log.info("update: batch %d, %d events applied, %d waiting, %.1f s", number, applied, waited, seconds)
-
-    def _apply(self, batch: DataFrame, number: int) -> tuple[int, int]:
-        application, offsets = self.application, _offsets(self.checkpoint, number)
-        totals = (
-            batch.groupBy(INPUT_ID)
-            .agg(F.count(EVENT_ID).alias("n"), F.sum(F.xxhash64(EVENT_ID).cast("decimal(38,0)")).alias("hash"))
-            .toArrow()
-        )
-        n = sum(totals["n"].to_pylist())
-        fingerprint = f"{n}:{sum(map(int, totals['hash'].to_pylist()))}"
-        planned = self._ledger_row(application, number)
-        if planned and (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
-            raise ReplayError(
-                f"batch {number} of {application} was {planned[schema.FINGERPRINT]} at {planned[schema.OFFSETS]} and now "
-                f"is {fingerprint} at {offsets}: the checkpoint {self.checkpoint} is damaged; nothing was applied. {_ADVICE}"
-            )
-        if not planned:
-            unknown = self._know(totals[INPUT_ID].combine_chunks())
-            if len(unknown):
-                self._set_aside(batch, unknown, application, number)
-        tagged = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
-        aside = self._waiting().where(tagged).select(EVENT_ID)
-        waited = aside.count()
-        if not planned:
-            counts = {schema.OFFERED: n, schema.ACCEPTED: n - waited, schema.WAITED: waited}
-            self._write_ledger(application, number, counts, offsets, fingerprint)
-        if n > waited:
-            ready = batch.join(F.broadcast(aside), EVENT_ID, "left_anti") if waited else batch
-            self._merge(ready, application, number)
-        return n - waited, waited
-
-    def release(self) -> int:
-        """Apply the waiting events whose input has become known, after any release that died; how many they were."""
-        with self.lock:
-            last = self._resume_release()
-            inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
-            unknown = self._know(inputs)
-            if len(unknown) == len(inputs):
-                return 0
-            number = 0 if last is None else last + 1
-            source = self._ids(inputs.filter(pa.array(index_of(inputs, unknown) < 0))).alias("known")
-            same = (
-                f"w.{INPUT_ID} = known.{INPUT_ID} AND w.{MODEL_VERSION} = {self.model.version} "
-                f"AND w.{schema.RELEASED} IS NULL"
-            )
-            with self.tables.once(self.release_application, number):
-                tag = self.tables.delta(schema.WAITING).alias("w").merge(source, same)
-                tag.whenMatchedUpdate(set={schema.RELEASED: F.lit(number)}).execute()
-            return self._finish_release(number)
-
-    def release_if_inputs_came(self) -> None:
-        """:meth:`release` when the inputs table has a commit that was not looked at yet."""
-        version = self.tables.version(schema.INPUTS)
-        if version != self.inputs_version and not self.interrupted:
-            self.release()
-            self.inputs_version = version
-
-    def resume(self) -> None:
-        """What died in a former run comes before anything new: the ledger's order is the order of application."""
-        with self.lock:
-            self._resume_release()
-        rows = self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == self.application)
-        last = rows.agg(F.max(schema.BATCH_ID)).collect()[0][0]
-        self.interrupted = last is not None and not os.path.exists(f"{self.checkpoint}/commits/{last}")
-
-    def _resume_release(self) -> int | None:
-        """Finish a release that was tagged and not recorded; the number of the last one there was."""
-        last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
-        if last is not None and not self._ledger_row(self.release_application, last):
-            self._finish_release(last)
-        return last
-
-    def _finish_release(self, number: int) -> int:
-        """MERGE, then the ledger row by which a release is known to be complete."""
-        events = self._waiting().where(F.col(schema.RELEASED) == number).persist()
-        try:
-            n = events.count()
-            self._know(_distinct_inputs(events))
-            self._merge(events, self.release_application, number)
-        finally:
-            events.unpersist()
-        counts = {schema.OFFERED: 0, schema.ACCEPTED: n, schema.RELEASED: n}
-        self._write_ledger(self.release_application, number, counts)
-        self.tally.released += n
-        self.tally.applied += n
-        log.info("update: released %d waiting events", n)
-        return n
-
-    def _merge(self, events: DataFrame, application: str, number: int) -> None:
-        """One MERGE of the events' users, at most once for (application, number)."""
-        version = self.model.version
-        users = events.select(USER_ID).distinct()
-        states = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).join(users, USER_ID, "left_semi")
-        attributes = self.tables.read(schema.USER_ATTRIBUTES)
-        described = None
-        if len(attributes.columns) > 1:
-            described = prior_means(attributes.join(users, USER_ID, "left_semi"), self.model)
-        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions)
-        rows = rows.withColumn(MODEL_VERSION, F.lit(version).cast("long")).alias("new")
-        same = f"stored.{MODEL_VERSION} = {version} AND stored.{USER_ID} = new.{USER_ID}"
-        values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
-        with self.tables.once(application, number):
-            merge = self.tables.delta(schema.USERS).alias("stored").merge(rows, same)
-            merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute()
-
-    def _know(self, inputs: pa.Array) -> pa.Array:
-        """Those of ``inputs`` without features, after evaluating the oracle for those that have attributes."""
-        missing = inputs.filter(pa.array(index_of(inputs, self.inputs.ids) < 0))
-        if not len(missing):
-            return missing
-        materialize(self.tables, self.model, self._ids(missing))
-        self.inputs = self._load_inputs()
-        return missing.filter(pa.array(index_of(missing, self.inputs.ids) < 0))
-
-    def _load_inputs(self) -> SharedInputs:
-        rows = features_of(self.tables, self.model).toArrow()
-        return SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, self.model.d))
-
-    def _set_aside(self, batch: DataFrame, unknown: pa.Array, application: str, number: int) -> None:
-        rows = batch.join(F.broadcast(self._ids(unknown)), INPUT_ID, "left_semi").select(
-            F.lit(self.model.version).cast("long").alias(MODEL_VERSION),
-            F.lit(application).alias(schema.APPLICATION_ID),
-            *(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME),
-            F.lit(number).cast("long").alias(schema.BATCH_ID),
-            F.lit(None).cast("long").alias(schema.RELEASED),
-        )
-        self.tables.append(schema.WAITING, rows, once=(application, number))
-
-    def _waiting(self) -> DataFrame:
-        return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
-
-    def _ledger_row(self, application: str, number: int) -> Row | None:
-        row = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
-        return self.tables.read(schema.LEDGER).where(row).first()
-
-    def _write_ledger(
-        self,
-        application: str,
-        number: int,
-        counts: dict[str, int],
-        offsets: str | None = None,
-        fingerprint: str | None = None,
-    ) -> None:
-        row = {
-            schema.QUERY: QUERY,
-            schema.APPLICATION_ID: application,
-            schema.BATCH_ID: number,
-            schema.SOURCE: self.tables.name(schema.EVENTS),
-            schema.OFFSETS: offsets,
-            schema.FINGERPRINT: fingerprint,
-            **counts,
-        }
-        rows = self.tables.spark.createDataFrame([row], schema.SCHEMAS[schema.LEDGER])
-        rows = rows.withColumn(schema.CREATED_AT, F.current_timestamp())
-        self.tables.append(schema.LEDGER, rows, once=(application, number))
-
-    def _ids(self, inputs: pa.Array) -> DataFrame:
-        return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))
 
 
 def update(
@@ -273,101 +36,192 @@ def update(
     available_now: bool = True,
     version: int | None = None,
     stop: threading.Event | None = None,
+    from_ledger: bool = False,
 ) -> dict[str, Any]:
-    """Run the update query of a model version, the live one by default, from where it stopped.
+    """Apply events to the users of the live version and its candidates, each from where it stopped.
 
     Args:
         available_now: end when all events there are have been applied; else run until ``stop`` is set.
+        version: this version alone.
+        from_ledger: give up the old checkpoint of ``version``, by default the live one's, and go on from the ledger.
+
+    Returns:
+        What was done for the version that was live at the end, and for the others under ``versions``.
 
     Raises:
-        StateError: there is no such version.
+        StateError: there is no such version, or another process updates it.
         ReplayError: the version was updated through another checkpoint, or its checkpoint is damaged.
     """
     started = time.monotonic()
+    tables.create(schema.EVENTS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.WAITING, schema.LEDGER, schema.PROGRESS)
     model = load_model(tables, version)
-    checkpoint = checkpoint_of(tables, settings, model)
-    tables.create(schema.EVENTS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.WAITING, schema.LEDGER)
-    partitions = settings.update.partitions or tables.spark.sparkContext.defaultParallelism
-    updater = Updater(tables, model, checkpoint, partitions)
-    _check(updater)
-    if not _is_new(checkpoint):
-        updater.resume()
-    stop = stop or threading.Event()
-    if _await_events(updater, settings, available_now, stop):
-        _run(updater, settings, available_now, stop)
-    updater.release()
-    return {"model_version": model.version, **vars(updater.tally), "seconds": round(time.monotonic() - started, 3)}
-
-
-def checkpoint_of(tables: Tables, settings: Settings, model: Model) -> str:
-    if settings.update.checkpoint:
-        return settings.update.checkpoint
-    if tables.in_catalog:
-        raise ConfigError("update.checkpoint: name a folder, for tables in a catalog have none beside them")
-    return f"{tables.root}/_checkpoints/update-v{model.version}"
-
-
-def _distinct_inputs(events: DataFrame) -> pa.Array:
-    return events.select(INPUT_ID).distinct().toArrow()[INPUT_ID].combine_chunks()
-
-
-def _await_events(updater: Updater, settings: Settings, available_now: bool, stop: threading.Event) -> bool:
-    """Whether there is a commit to start from: Delta starts no stream at a version that does not exist yet."""
-    while _is_new(updater.checkpoint) and updater.tables.version(schema.EVENTS) == updater.model.events_version:
-        if available_now or stop.wait(max(1.0, settings.update.trigger_seconds)):
-            return False
-    return True
-
-
-def _run(updater: Updater, settings: Settings, available_now: bool, stop: threading.Event) -> None:
-    events = updater.tables.stream(
-        schema.EVENTS,
-        startingVersion=updater.model.events_version + 1,
-        maxFilesPerTrigger=settings.update.max_files_per_trigger,
-    ).select(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME)
-    writer = events.writeStream.foreachBatch(updater.apply).option("checkpointLocation", updater.checkpoint)
-    if available_now:
-        writer = writer.trigger(availableNow=True)
-    else:
-        writer = writer.trigger(processingTime=f"{settings.update.trigger_seconds} seconds")
-    query = writer.queryName(f"update-v{updater.model.version}").start()
+    fleet = Fleet(tables, settings, only=version)
     try:
-        while not query.awaitTermination(max(1, int(settings.update.trigger_seconds))) and not stop.is_set():
-            if not available_now:
-                updater.release_if_inputs_came()
-    except StreamingQueryException as error:
-        raise updater.failure or error from error
+        if from_ledger:
+            fleet.start(model.version, from_ledger=True)
+        fleet.drain() if available_now else fleet.run(stop or threading.Event())
     finally:
-        with updater.lock:  # a stop waits for the batch in hand
-            query.stop()
+        fleet.close()
+    main = version or fleet.live
+    return {**fleet.report(main), "seconds": round(time.monotonic() - started, 3)}
 
 
-def _check(updater: Updater) -> None:
-    """Refuse a checkpoint that cannot be the one behind the ledger."""
-    version, checkpoint = updater.model.version, updater.checkpoint
-    rows = updater.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID).startswith(f"{QUERY}-v{version}-"))
-    last = {row[0]: row[1] for row in rows.groupBy(schema.APPLICATION_ID).agg(F.max(schema.BATCH_ID)).collect()}
-    if not last:
-        return
-    if _is_new(checkpoint) or updater.application not in last:
-        raise ReplayError(
-            f"model version {version} was updated through another checkpoint than {checkpoint}, and going on from here "
-            f"would count its events twice. {_ADVICE}"
-        )
-    if not os.path.exists(f"{checkpoint}/offsets/{last[updater.application]}"):
-        raise ReplayError(f"{checkpoint} has lost batch {last[updater.application]}, which the ledger knows. {_ADVICE}")
+class Fleet:
+    """The streams of the versions that are updated, one of them live."""
+
+    def __init__(self, tables: Tables, settings: Settings, only: int | None = None):
+        self.tables = tables
+        self.settings = settings
+        self.only = only
+        self.streams: dict[int, Stream] = {}
+        self.tallies: dict[int, dict[str, int]] = {}
+        self.comparisons: dict[int, Comparison] = {}
+        self.promoted: list[int] = []
+        self._failed: dict[int, str] = {}  # candidates whose stream died: they hold nobody up
+        self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops
+        self._retraining: threading.Thread | None = None
+        self._care = Care(settings.care)
+        self.live = models.live_version(tables)
+
+    def start(self, version: int, from_ledger: bool = False) -> Stream:
+        if version not in self.streams:
+            self.streams[version] = Stream(self.tables, self.settings, load_model(self.tables, version), from_ledger)
+            log.info("update: model version %d is followed", version)
+        return self.streams[version]
+
+    def drain(self) -> None:
+        """Every stream to its end, the live one first; then the switch, if the policy says so."""
+        for version in self._wanted():
+            try:
+                self.start(version).drain()
+            except Exception as error:
+                self._take_down(version, error)
+        self._judge()
+
+    def run(self, stop: threading.Event) -> None:
+        """Tend the streams until ``stop``."""
+        while not stop.is_set():
+            self._look()
+            stop.wait(max(0.5, min(self.settings.update.trigger_seconds, 5)))
+
+    def close(self) -> None:
+        for version in list(self.streams):
+            self._end(version)
+
+    def report(self, version: int | None) -> dict[str, Any]:
+        nothing = {"batches": 0, "events": 0, "applied": 0, "waited": 0, "released": 0}
+        others = {str(v): tally for v, tally in self.tallies.items() if v != version}
+        compared = {str(v): vars(comparison) for v, comparison in self.comparisons.items() if comparison.n}
+        return {
+            "model_version": version,
+            **self.tallies.get(version or 0, nothing),
+            "versions": others,
+            "compared": compared,
+            "promoted": self.promoted,
+            **({"failed_candidates": self._failed} if self._failed else {}),
+        }
+
+    def _look(self) -> None:
+        live = models.live_version(self.tables)
+        if live != self.live:
+            log.info("update: model version %s is live, it was %s", live, self.live)
+            if self.live is not None:
+                self._leaving[self.live] = time.monotonic() + self.settings.switch.grace_seconds
+            self.live = live
+        wanted = self._wanted()
+        for version in wanted:
+            try:
+                self.start(version).tend()
+            except Exception as error:
+                self._take_down(version, error)
+        for version in [v for v in self.streams if v not in wanted]:
+            self._end(version)
+        self._judge()
+        self._watch_drift()
+        self._care.look(self.streams, self.live)
+
+    def _wanted(self) -> list[int]:
+        """The live version, candidates newer than it, and those that were live a moment ago."""
+        if self.only is not None:
+            return [self.only]
+        candidates = [v for v in models.candidates(self.tables) if v > (self.live or 0) and v not in self._failed]
+        now = time.monotonic()
+        leaving = [v for v, until in self._leaving.items() if now < until and v != self.live]
+        return list(dict.fromkeys([*([self.live] if self.live else []), *candidates, *leaving]))
+
+    def _take_down(self, version: int, error: Exception) -> None:
+        """A candidate's failure is its own; the live version's, or that of the one that was asked for, is the job's."""
+        self._end(version)
+        if version in (self.live, self.only):
+            raise error
+        log.warning("update: model version %d is not followed any more: %s", version, error)
+        self._failed[version] = str(error)
+
+    def _end(self, version: int) -> None:
+        stream = self.streams.pop(version, None)
+        if stream:
+            self.tallies[version] = vars(stream.updater.tally)
+            stream.close()
+
+    def _judge(self) -> None:
+        """Compare the candidates with the live version, and switch or refuse where the policy is automatic."""
+        if self.live is None or self.only is not None:
+            return
+        policy = self.settings.switch
+        for version in sorted(v for v in self.streams if v > self.live and v not in self._leaving):
+            head = self.tables.version(schema.EVENTS)
+            if head - self.streams[version].consumed > policy.lag_commits:
+                continue
+            comparison = self.comparisons[version] = compare_versions(self.tables, version, self.live)
+            verdict = comparison.verdict(policy)
+            if policy.policy == "manual" or verdict == "wait":
+                continue
+            log.info("update: candidate %d against %d: %s, %s", version, self.live, comparison, verdict)
+            if verdict == "promote":
+                models.promote(self.tables, version)
+                self.promoted.append(version)
+                return
+            models.refuse(self.tables, version)
+
+    def _watch_drift(self) -> None:
+        """Ask for a retraining when the live version's errors outgrow its own uncertainty."""
+        if self.live not in self.streams:
+            return
+        surprise, n = self.streams[self.live].updater.surprise(self.settings.switch.surprise_events)
+        if not has_drifted(surprise, n, self.settings.switch) or models.is_requested(self.tables):
+            return
+        reason = f"model version {self.live}: mean squared standardized error {surprise:.2f} over {n} events"
+        log.warning("update: a retraining is asked for: %s", reason)
+        models.request_retraining(self.tables, reason)
+        if self.settings.switch.retrain_here and not (self._retraining and self._retraining.is_alive()):
+            self._retraining = threading.Thread(target=self._retrain, name="retraining", daemon=True)
+            self._retraining.start()
+
+    def _retrain(self) -> None:
+        try:
+            retrain(self.tables.apart(), self.settings)
+        except MtlError as error:
+            log.error("update: the retraining failed: %s", error)
 
 
-def _is_new(checkpoint: str) -> bool:
-    return not os.path.exists(f"{checkpoint}/metadata")
+def compare_versions(tables: Tables, candidate: int, live: int) -> Comparison:
+    """:func:`mtl.switch.compare` with what the progress table holds."""
+    start = {
+        row[MODEL_VERSION]: (row[schema.EVENTS_VERSION] + 1, -1)
+        for row in tables.read(schema.MODELS)
+        .where(F.col(MODEL_VERSION).isin(candidate, live))
+        .select(MODEL_VERSION, schema.EVENTS_VERSION)
+        .collect()
+    }
+    return compare(_validated(tables, candidate), start[candidate], _validated(tables, live), start[live])
 
 
-def _checkpoint_id(checkpoint: str) -> str:
-    with open(f"{checkpoint}/metadata") as file:
-        return json.load(file)["id"]
-
-
-def _offsets(checkpoint: str, number: int) -> str:
-    """The batch's end offset in the source, as Spark wrote it before the batch."""
-    with open(f"{checkpoint}/offsets/{number}") as file:
-        return file.read().splitlines()[2]
+def _validated(tables: Tables, version: int) -> list[Validated]:
+    """Batches of the ledger, with what the progress table has of them: nothing where all their events waited."""
+    batch = [schema.APPLICATION_ID, schema.BATCH_ID]
+    measured = tables.read(schema.PROGRESS).select(*batch, schema.VALIDATED, schema.LOSS)
+    rows = batches_of(tables, version).join(measured, batch, "left").orderBy(schema.CREATED_AT)
+    return [
+        Validated(end_of(row[schema.OFFSETS]), row[schema.VALIDATED] or 0, row[schema.LOSS] or 0.0)
+        for row in rows.select(schema.OFFSETS, schema.VALIDATED, schema.LOSS, schema.CREATED_AT).collect()
+    ]

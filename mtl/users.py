@@ -24,6 +24,7 @@ from mtl.working import settle
 _STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
 TURN = "turn"
 TRAINING = 0  # the turn of the events that a retraining gave the users at once
+MEASURED = "measured"
 WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS)
 
 
@@ -35,6 +36,9 @@ class SharedInputs:
     features: Features = field(repr=False)
 
 
+Measure = Callable[[pa.Table, Model, SharedInputs], Array]
+
+
 def updated_users(
     events: DataFrame,
     states: DataFrame,
@@ -42,6 +46,7 @@ def updated_users(
     model: Model,
     inputs: SharedInputs,
     partitions: int,
+    measure: Measure | None = None,
 ) -> DataFrame:
     """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
 
@@ -51,6 +56,8 @@ def updated_users(
         states: rows of the users table (of the model's version) of those users that have one.
         described: of :func:`prior_means`, for users without a row; None where no user has attributes.
         partitions: hash partitions of users.
+        measure: something to measure of each partition before its events are added: (a table as :func:`add_events`
+            gets it, model, inputs) → numbers, which come as one more row, without a user, in the column ``measured``.
     """
     turn = [TURN] if TURN in events.columns else []
     rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *turn).unionByName(
@@ -58,11 +65,10 @@ def updated_users(
     )
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
-    update = _update_in_arrow(events.sparkSession.sparkContext.broadcast((model, inputs)))
+    update = _update_in_arrow(events.sparkSession.sparkContext.broadcast((model, inputs)), measure)
     kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
-    return rows.repartition(partitions, USER_ID).mapInArrow(
-        update, ", ".join(f"{name} {kinds[name]}" for name in WRITTEN)
-    )
+    columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [f"{MEASURED} array<double>"] * bool(measure)
+    return rows.repartition(partitions, USER_ID).mapInArrow(update, ", ".join(columns))
 
 
 def prior_means(users: DataFrame, model: Model) -> DataFrame:
@@ -128,11 +134,22 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     return pa.record_batch(columns, list(WRITTEN)).filter(touched)
 
 
-def _update_in_arrow(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _update_in_arrow(
+    shared: Any, measure: Measure | None
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]
-        if rows:
-            model, inputs = shared.value
-            yield add_events(pa.Table.from_batches(rows), model, inputs, model.prior_mean_of_unknown)
+        if not rows:
+            return
+        model, inputs = shared.value
+        table = pa.Table.from_batches(rows)
+        users = add_events(table, model, inputs, model.prior_mean_of_unknown)
+        if measure is None:
+            yield users
+            return
+        none = [pa.nulls(1, column.type) for column in users.columns]
+        names = [*WRITTEN, MEASURED]
+        yield pa.record_batch([*none, lists(measure(table, model, inputs)[None, :])], names)
+        yield pa.record_batch([*users.columns, pa.nulls(len(users), pa.list_(pa.float64()))], names)
 
     return partition

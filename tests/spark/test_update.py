@@ -18,13 +18,16 @@ from mtl import schema
 from mtl.arrow import matrix
 from mtl.audit import audit
 from mtl.config import Settings, load_settings
-from mtl.errors import ReplayError
+from mtl.errors import ReplayError, StateError
 from mtl.ingest import ingest_files
+from mtl.lock import exclusive
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, USERS, WAITING, WEIGHT
+from mtl.stream import folder_of
 from mtl.tables import Tables
-from mtl.update import Updater, checkpoint_of, update
+from mtl.update import update
+from mtl.updater import Updater
 
 PROBLEM = planted(3, users=20, inputs=12, k=2, events=400)
 TRAINED = 250  # events that training sees; the others stream
@@ -231,7 +234,7 @@ def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypa
         update(live, settings())
     applied = state(live)
     append(live, rows(np.arange(260, 280)))
-    planned = Path(checkpoint_of(live, settings(), load_model(live)), "offsets", "0")
+    planned = Path(folder_of(live, settings(), 1), "offsets", "0")
     planned.with_name(".0.crc").unlink()
     planned.write_text(planned.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
     with pytest.raises(ReplayError, match="damaged; nothing was applied"):
@@ -243,8 +246,44 @@ def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypa
 def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tables, lost: str) -> None:
     append(live, rows(np.arange(TRAINED, 260)))
     update(live, settings())
-    shutil.rmtree(Path(checkpoint_of(live, settings(), load_model(live)), lost))
-    with pytest.raises(ReplayError, match=r"jobs/retrain\.py"):
+    shutil.rmtree(Path(folder_of(live, settings(), 1), lost))
+    with pytest.raises(ReplayError, match="--recover"):
+        update(live, settings())
+
+
+@pytest.mark.parametrize("files", [1, 64])
+@pytest.mark.parametrize("step", [None, "_set_aside", "_write_ledger", "_merge"])
+def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit(
+    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, files: int
+) -> None:
+    limited = settings(f"update.max_files_per_trigger={files}")
+    events = pd.concat([rows(np.arange(TRAINED, 330)), rows(np.arange(TRAINED, 255), inputs="unheard")])
+    missing = [schema.SOURCE, schema.BATCH, schema.EVENT_TIME]
+    three_files = live.spark.createDataFrame(events.sample(frac=1, random_state=0)).repartition(3)
+    kinds = {column.name: column.dataType for column in schema.SCHEMAS[schema.EVENTS]}
+    live.append(
+        schema.EVENTS, three_files.select("*", *(F.lit(None).cast(kinds[name]).alias(name) for name in missing))
+    )
+    if step:
+        with dying(monkeypatch, step, before=False, call=1 if files == 1 else 0):
+            update(live, limited)
+    else:
+        update(live, limited)
+    checkpoint = Path(folder_of(live, limited, 1))
+    shutil.rmtree(checkpoint / "offsets")
+    with pytest.raises(ReplayError, match="--recover"):
+        update(live, limited)
+    update(live, limited, from_ledger=True)
+    assert update(live, limited)["batches"] == 0
+    assert (state(live)[schema.N_EVENTS].sum(), live.read(WAITING).count()) == (330, 5)
+    assert broken(live) == []
+
+
+def test_a_second_job_on_the_same_version_is_refused(live: Tables) -> None:
+    with (
+        exclusive(f"{folder_of(live, settings(), 1)}.lock", "the test"),
+        pytest.raises(StateError, match="model version 1 is in the hands of another job"),
+    ):
         update(live, settings())
 
 

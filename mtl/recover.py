@@ -1,0 +1,159 @@
+"""Going on after a checkpoint was lost or damaged: a new one, from the last batch that the ledger has and users hold.
+
+A checkpoint is never edited (platform notes: a batch planned anew under an old number is silently skipped). What the old
+one gave to the users is known from the ledger; whether its very last batch reached them, from their number of events.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import functions as F
+
+from mtl import schema
+from mtl.checkpoint import RECOVERY, Checkpoint, Place, end_of, offsets_at
+from mtl.errors import ReplayError
+from mtl.model import Model
+from mtl.replay import files_added, ids_of_files
+from mtl.schema import MODEL_VERSION
+from mtl.tables import Tables
+from mtl.updater import QUERY, Already, Updater
+
+log = logging.getLogger("mtl")
+
+
+def ledger_of(tables: Tables, version: int) -> DataFrame:
+    """The ledger rows of a version's batches, releases and recoveries."""
+    rows = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == QUERY)
+    return rows.where(F.split(schema.APPLICATION_ID, "-")[1] == f"v{version}")
+
+
+def batches_of(tables: Tables, version: int) -> DataFrame:
+    """Those of :func:`ledger_of` that stand for a place in the source: batches and recoveries."""
+    return ledger_of(tables, version).where(F.col(schema.OFFSETS).isNotNull())
+
+
+def last_batch(tables: Tables, version: int) -> Row | None:
+    return batches_of(tables, version).orderBy(F.col(schema.CREATED_AT).desc()).first()
+
+
+def check(updater: Updater) -> None:
+    """Refuse a checkpoint that cannot be the one behind the ledger.
+
+    Raises:
+        ReplayError: going on from it would lose events or count them twice.
+    """
+    checkpoint, version = updater.checkpoint, updater.model.version
+    last = last_batch(updater.tables, version)
+    if last is None or (last[schema.STATE] == schema.RECOVERED and not _has_rows(updater)):
+        return
+    if checkpoint.is_new or last[schema.APPLICATION_ID] != updater.application:
+        raise ReplayError(
+            f"model version {version} was updated through another checkpoint than {checkpoint.folder}, and going on from "
+            f"here would count its events twice. Restore the checkpoint that was. {RECOVERY}"
+        )
+    own = F.col(schema.APPLICATION_ID) == updater.application
+    rows = batches_of(updater.tables, version).where(own).select(schema.BATCH_ID, schema.OFFSETS).collect()
+    kept = {*checkpoint.planned(), last[schema.BATCH_ID]}
+    for number, offsets in rows:
+        if number in kept and checkpoint.offsets(number) != offsets:
+            raise ReplayError(
+                f"batch {number} ends at {checkpoint.offsets(number)} in {checkpoint.folder} and at {offsets} in the ledger: "
+                f"the checkpoint is damaged; nothing was applied. {RECOVERY}"
+            )
+
+
+def starting_place(updater: Updater) -> Place:
+    """Where the checkpoint started to read, or a new one does: after training, or after the last recovery."""
+    recoveries = batches_of(updater.tables, updater.model.version).where(F.col(schema.STATE) == schema.RECOVERED)
+    last = recoveries.orderBy(F.col(schema.CREATED_AT).desc()).first()
+    return end_of(last[schema.OFFSETS]) if last else (updater.model.events_version + 1, -1)
+
+
+def already_applied(updater: Updater) -> Already | None:
+    """What a new checkpoint would read again: the files of its first commit that an earlier one had read."""
+    commit, file = starting_place(updater)
+    if file < 0:
+        return None
+    location = updater.tables.location(schema.EVENTS)
+    files = files_added(updater.tables, location, commit, commit)
+    read = [f"{location}/{path}" for place, path in files if place <= (commit, file)]
+    return Already(commit, ids_of_files(updater.tables, read).select(schema.EVENT_ID))
+
+
+def recover(tables: Tables, model: Model, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Put the checkpoint aside, such that the next one goes on after the last batch that users hold.
+
+    May be repeated after a crash at any step. The caller holds the version's lock and has finished its releases.
+
+    Returns:
+        Where the old checkpoint is now, and the batch that the next one follows (None: training).
+
+    Raises:
+        ReplayError: users hold neither what the ledger says with its last batch nor without it.
+    """
+    last = last_batch(tables, model.version)
+    if last is not None and last[schema.STATE] != schema.RECOVERED:
+        last = _without_the_unapplied(tables, model, last)
+        _mark(tables, model, end_of(last[schema.OFFSETS]) if last else (model.events_version + 1, -1))
+    aside = checkpoint.set_aside()
+    log.info("update: model version %d goes on after %s; the old checkpoint is %s", model.version, last, aside)
+    return {"checkpoint_was": aside, "after_batch": last[schema.BATCH_ID] if last else None}
+
+
+def _without_the_unapplied(tables: Tables, model: Model, last: Row) -> Row | None:
+    """Take the last batch back where it was planned and never reached the users; the batch that is now the last."""
+    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    held = users.agg(F.sum(schema.N_EVENTS)).first()[0] or 0
+    trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
+    recorded = trained + (ledger_of(tables, model.version).agg(F.sum(schema.ACCEPTED)).first()[0] or 0)
+    if held == recorded:
+        return last
+    if held != recorded - last[schema.ACCEPTED]:
+        raise ReplayError(
+            f"the users of model version {model.version} hold {held} events; the ledger has {recorded} with its last batch "
+            f"and {recorded - last[schema.ACCEPTED]} without: train a new version with jobs/retrain.py"
+        )
+    tables.delta(schema.PROGRESS).delete(_same_batch(last))
+    tables.delta(schema.LEDGER).delete(_same_batch(last))
+    return last_batch(tables, model.version)
+
+
+def drop_unplanned(tables: Tables, version: int) -> None:
+    """Forget waiting events of batches that the ledger does not have: a new checkpoint will read them again."""
+    batch = (schema.APPLICATION_ID, schema.BATCH_ID)
+    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version)
+    planned = ledger_of(tables, version).select(*batch)
+    for row in waiting.select(*batch).distinct().join(planned, [*batch], "left_anti").collect():
+        tables.delta(schema.WAITING).delete(_same_batch(row) & (F.col(MODEL_VERSION) == version))
+
+
+def _same_batch(row: Row) -> Column:
+    return (F.col(schema.APPLICATION_ID) == row[schema.APPLICATION_ID]) & (
+        F.col(schema.BATCH_ID) == row[schema.BATCH_ID]
+    )
+
+
+def _mark(tables: Tables, model: Model, place: Place) -> None:
+    application = f"recover-v{model.version}"
+    number = tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == application).count()
+    row = {
+        schema.QUERY: QUERY,
+        schema.APPLICATION_ID: application,
+        schema.BATCH_ID: number,
+        schema.STATE: schema.RECOVERED,
+        schema.OFFSETS: offsets_at(place),
+        schema.OFFERED: 0,
+        schema.ACCEPTED: 0,
+    }
+    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.LEDGER])
+    tables.append(schema.LEDGER, rows.withColumn(schema.CREATED_AT, F.current_timestamp()), once=(application, number))
+
+
+def _has_rows(updater: Updater) -> bool:
+    if updater.checkpoint.is_new:
+        return False
+    own = F.col(schema.APPLICATION_ID) == updater.application
+    return not batches_of(updater.tables, updater.model.version).where(own).isEmpty()

@@ -1,0 +1,137 @@
+"""The update query of one model version: started when there is something to read, tended, stopped between batches."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+from pyspark.errors import StreamingQueryException
+from pyspark.sql.streaming import StreamingQuery
+
+from mtl import schema
+from mtl.checkpoint import Checkpoint, end_of
+from mtl.config import Settings
+from mtl.errors import ConfigError
+from mtl.lock import exclusive
+from mtl.model import Model
+from mtl.recover import already_applied, check, drop_unplanned, recover, starting_place
+from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.tables import Tables
+from mtl.updater import Updater
+
+log = logging.getLogger("mtl")
+
+
+class Stream:
+    """A model version's update query in this process, in a session of its own; one writer of the version's users.
+
+    Args:
+        from_ledger: give the old checkpoint up and go on from the ledger (:mod:`mtl.recover`).
+
+    Raises:
+        StateError: another process updates the version.
+        ReplayError: the checkpoint is damaged, or is not the one behind the ledger.
+    """
+
+    def __init__(self, tables: Tables, settings: Settings, model: Model, from_ledger: bool = False):
+        self.settings = settings
+        self.model = model
+        self.tables = tables.apart()
+        # The rows to merge are computed and kept by us: Delta need not make a copy of its own.
+        self.tables.spark.conf.set("spark.databricks.delta.merge.materializeSource", "none")
+        self.query: StreamingQuery | None = None
+        checkpoint = Checkpoint(folder_of(tables, settings, model.version))
+        self._held = ExitStack()
+        self._held.enter_context(exclusive(f"{checkpoint.folder}.lock", f"model version {model.version}"))
+        try:
+            self.updater = self._open(checkpoint, from_ledger)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _open(self, checkpoint: Checkpoint, from_ledger: bool) -> Updater:
+        partitions = self.settings.update.partitions or self.tables.spark.sparkContext.defaultParallelism
+        updater = Updater(self.tables, self.model, checkpoint, partitions)
+        if from_ledger:
+            updater.finish_release()
+            recover(self.tables, self.model, checkpoint)
+        check(updater)
+        if checkpoint.is_new:
+            drop_unplanned(self.tables, self.model.version)
+        else:
+            updater.resume()
+        updater.already = already_applied(updater)
+        return updater
+
+    def tend(self) -> None:
+        """One look: start the query when there is a commit to start from, apply waiting events whose input came.
+
+        Raises:
+            Exception: what a batch died of.
+        """
+        if self.query is None:
+            self._start({"processingTime": f"{self.settings.update.trigger_seconds} seconds"})
+        elif not self.query.isActive:
+            self._raise()
+        self.updater.release_if_inputs_came()
+
+    def drain(self) -> None:
+        """Apply all events there are, and waiting ones whose input is there."""
+        self._start({"availableNow": True})
+        try:
+            if self.query:
+                self.query.awaitTermination()
+        except StreamingQueryException as error:
+            raise self.updater.failure or error from error
+        self.updater.release()
+
+    def close(self) -> None:
+        """Stop after the batch in hand and let others update the version."""
+        try:
+            if self.query:
+                with self.updater.lock:
+                    self.query.stop()
+        finally:
+            self._held.close()
+
+    @property
+    def consumed(self) -> int:
+        """The last commit of events of which every file has been applied."""
+        checkpoint = self.updater.checkpoint
+        done = [] if checkpoint.is_new else [n for n in checkpoint.planned() if checkpoint.has_committed(n)]
+        place = end_of(checkpoint.offsets(done[-1])) if done else starting_place(self.updater)
+        return place[0] - 1  # also where it is within the commit
+
+    def _start(self, trigger: dict[str, str | bool]) -> None:
+        """Delta starts no stream at a commit that does not exist yet."""
+        first, _ = starting_place(self.updater)
+        if self.updater.checkpoint.is_new and self.tables.version(schema.EVENTS) < first:
+            return
+        update = self.settings.update
+        limits: dict[str, str | int] = {"maxFilesPerTrigger": update.max_files_per_trigger}
+        if update.max_bytes_per_trigger:
+            limits["maxBytesPerTrigger"] = update.max_bytes_per_trigger
+        # Events are only ever taken away by an erasure, which sees to the users itself.
+        events = self.tables.stream(schema.EVENTS, startingVersion=first, skipChangeCommits="true", **limits)
+        events = events.select(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME)
+        writer = events.writeStream.foreachBatch(self.updater.apply)
+        writer = writer.option("checkpointLocation", self.updater.checkpoint.folder).trigger(**trigger)
+        self.query = writer.queryName(f"update-v{self.model.version}").start()
+
+    def _raise(self) -> None:
+        assert self.query is not None
+        error = self.updater.failure or self.query.exception()
+        raise error or RuntimeError(f"the update query of model version {self.model.version} ended by itself")
+
+
+def folder_of(tables: Tables, settings: Settings, version: int) -> str:
+    """The checkpoint folder of a version's query.
+
+    Raises:
+        ConfigError: the tables are in a catalog, and no folder is set.
+    """
+    if settings.update.checkpoints:
+        return f"{settings.update.checkpoints}/update-v{version}"
+    if tables.in_catalog:
+        raise ConfigError("update.checkpoints: name a folder, for tables in a catalog have none beside them")
+    return f"{tables.root}/_checkpoints/update-v{version}"

@@ -1,0 +1,334 @@
+"""Every event of a micro-batch added to its user once, whatever dies in between.
+
+A micro-batch N of the query with application id *app* takes these steps, each one Delta commit that carries (app, N):
+
+1. events whose input is not known are set aside in `waiting`, tagged N;
+2. a ledger row: offsets, fingerprint, counts;
+3. a progress row: what the other events cost when predicted before they are known (:mod:`mtl.progress`);
+4. one MERGE of their users into `users`.
+
+A batch that is repeated after a crash finds the steps that were committed and does the others. What it applies is
+fixed by step 1 and the batch itself: its events less those tagged N. The fingerprint in the ledger is compared on every
+repeat, for a damaged checkpoint can plan another batch under an old number, which Delta's own guard would silently skip.
+
+When a waiting event's input arrives it is applied in a *release*: tagged in `waiting`, then MERGE, then the ledger,
+under an application id of its own, between two batches. Batches and releases are applied one at a time, in the order of their
+ledger rows, for with other losses than squared the order matters a little.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, Row
+from pyspark.sql import functions as F
+
+from mtl import features, progress, schema
+from mtl.arrow import matrix
+from mtl.blocks import index_of
+from mtl.checkpoint import RECOVERY, Checkpoint
+from mtl.errors import ReplayError
+from mtl.materialize import features_of, materialize
+from mtl.model import Model
+from mtl.progress import Progress
+from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
+from mtl.tables import Tables
+from mtl.users import MEASURED, WRITTEN, SharedInputs, prior_means, updated_users
+
+log = logging.getLogger("mtl")
+
+QUERY = "update"
+
+
+@dataclass
+class Tally:
+    """What one run of a version's query did."""
+
+    batches: int = 0
+    events: int = 0
+    applied: int = 0
+    waited: int = 0
+    released: int = 0
+
+
+@dataclass(frozen=True)
+class Already:
+    """Events that an earlier checkpoint gave to the users, of a commit that it was in the middle of."""
+
+    commit: int
+    events: DataFrame  # event_id
+
+
+@dataclass
+class Updater:
+    """Applies batches of events to the users of one model version; one writer, one batch or release at a time."""
+
+    tables: Tables
+    model: Model
+    checkpoint: Checkpoint
+    partitions: int
+    tally: Tally = field(default_factory=Tally)
+    failure: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inputs = self._load_inputs()
+        self.inputs_version: int | None = None  # the commit of inputs at the last release
+        self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
+        self.recent = Progress.nothing(self.model.d)  # of the last batch
+        self.seconds: dict[str, float] = {}  # of the last batch, by phase
+        self._surprises: deque[tuple[float, int]] = deque(maxlen=1000)
+        self.already: Already | None = None
+
+    @property
+    def application(self) -> str:
+        """The application id: a new checkpoint is a new application, or Delta would skip its first batches."""
+        return f"{QUERY}-v{self.model.version}-{self.checkpoint.id}"
+
+    @property
+    def release_application(self) -> str:
+        return f"release-v{self.model.version}"
+
+    def apply(self, batch: DataFrame, number: int) -> None:
+        """Micro-batch ``number`` of the stream, first time or repeated.
+
+        Raises:
+            ReplayError: the ledger knows this batch number with other events.
+        """
+        with self.lock:
+            started = time.monotonic()
+            batch = batch.persist()
+            try:
+                applied, waited = self._apply(batch, number)
+            except Exception as error:
+                self.failure = error  # the stream hands on only its text
+                raise
+            finally:
+                batch.unpersist()
+            self.interrupted = False
+            self.tally.batches += 1
+            self.tally.events += applied + waited
+            self.tally.applied += applied
+            self.tally.waited += waited
+            seconds = time.monotonic() - started
+            log.info("update: batch %d, %d events applied, %d waiting, %.1f s", number, applied, waited, seconds)
+
+    def _apply(self, batch: DataFrame, number: int) -> tuple[int, int]:
+        application, offsets = self.application, self.checkpoint.offsets(number)
+        if self.already and self.checkpoint.begins_by(number, self.already.commit):
+            batch = batch.join(self.already.events, EVENT_ID, "left_anti")
+        totals = (
+            batch.groupBy(INPUT_ID)
+            .agg(F.count(EVENT_ID).alias("n"), F.sum(F.xxhash64(EVENT_ID).cast("decimal(38,0)")).alias("hash"))
+            .toArrow()
+        )
+        n = sum(totals["n"].to_pylist())
+        fingerprint = f"{n}:{sum(map(int, totals['hash'].to_pylist()))}"
+        planned = self._ledger_row(application, number)
+        if planned and (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
+            raise ReplayError(
+                f"batch {number} of {application} was {planned[schema.FINGERPRINT]} at {planned[schema.OFFSETS]} and now "
+                f"is {fingerprint} at {offsets}: the checkpoint {self.checkpoint.folder} is damaged; nothing was applied. "
+                f"{RECOVERY}"
+            )
+        if not planned:
+            unknown = self._know(totals[INPUT_ID].combine_chunks())
+            if len(unknown):
+                self._set_aside(batch, unknown, application, number)
+        tagged = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
+        aside = self._waiting().where(tagged).select(EVENT_ID)
+        waited = aside.count()
+        if not planned:
+            counts = {schema.OFFERED: n, schema.ACCEPTED: n - waited, schema.WAITED: waited}
+            self._write_ledger(application, number, counts, offsets, fingerprint)
+        if n > waited:
+            ready = batch.join(F.broadcast(aside), EVENT_ID, "left_anti") if waited else batch
+            self._merge(ready, n - waited, application, number, offsets)
+        return n - waited, waited
+
+    def release(self) -> int:
+        """Apply the waiting events whose input has become known, after any release that died; how many they were."""
+        with self.lock:
+            last = self._resume_release()
+            inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
+            unknown = self._know(inputs)
+            if len(unknown) == len(inputs):
+                return 0
+            number = 0 if last is None else last + 1
+            source = self._ids(inputs.filter(pa.array(index_of(inputs, unknown) < 0))).alias("known")
+            same = (
+                f"w.{INPUT_ID} = known.{INPUT_ID} AND w.{MODEL_VERSION} = {self.model.version} "
+                f"AND w.{schema.RELEASED} IS NULL"
+            )
+            with self.tables.once(self.release_application, number):
+                tag = self.tables.delta(schema.WAITING).alias("w").merge(source, same)
+                tag.whenMatchedUpdate(set={schema.RELEASED: F.lit(number)}).execute()
+            return self._finish_release(number)
+
+    def release_if_inputs_came(self) -> None:
+        """:meth:`release` when the inputs table has a commit that was not looked at yet."""
+        version = self.tables.version(schema.INPUTS)
+        if version != self.inputs_version and not self.interrupted:
+            self.release()
+            self.inputs_version = version
+
+    def finish_release(self) -> None:
+        """What a release that died left to do."""
+        with self.lock:
+            self._resume_release()
+
+    def resume(self) -> None:
+        """What died in a former run comes before anything new: the ledger's order is the order of application."""
+        self.finish_release()
+        rows = self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == self.application)
+        last = rows.agg(F.max(schema.BATCH_ID)).collect()[0][0]
+        self.interrupted = last is not None and not self.checkpoint.has_committed(last)
+
+    def _resume_release(self) -> int | None:
+        """Finish a release that was tagged and not recorded; the number of the last one there was."""
+        last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
+        if last is not None and not self._ledger_row(self.release_application, last):
+            self._finish_release(last)
+        return last
+
+    def _finish_release(self, number: int) -> int:
+        """MERGE, then the ledger row by which a release is known to be complete."""
+        events = self._waiting().where(F.col(schema.RELEASED) == number).persist()
+        try:
+            n = events.count()
+            self._know(_distinct_inputs(events))
+            self._merge(events, n, self.release_application, number)
+        finally:
+            events.unpersist()
+        counts = {schema.OFFERED: 0, schema.ACCEPTED: n, schema.RELEASED: n}
+        self._write_ledger(self.release_application, number, counts)
+        self.tally.released += n
+        self.tally.applied += n
+        log.info("update: released %d waiting events", n)
+        return n
+
+    def _merge(self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None) -> None:
+        """The progress row and one MERGE of the events' users, at most once each for (application, number)."""
+        version = self.model.version
+        users = events.select(USER_ID).distinct()
+        states = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).join(users, USER_ID, "left_semi")
+        attributes = self.tables.read(schema.USER_ATTRIBUTES)
+        described = None
+        if len(attributes.columns) > 1:
+            described = prior_means(attributes.join(users, USER_ID, "left_semi"), self.model)
+        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, _measured)
+        with self._timed("compute"):
+            rows = rows.localCheckpoint()  # computed once; unlike a cached plan, MERGE takes it
+            measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED).toArrow()
+            self._record_progress(measured, n, application, number, offsets)
+        users = rows.where(F.col(USER_ID).isNotNull()).drop(MEASURED)
+        new = users.withColumn(MODEL_VERSION, F.lit(version).cast("long")).alias("new")
+        same = f"stored.{MODEL_VERSION} = {version} AND stored.{USER_ID} = new.{USER_ID}"
+        values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
+        with self._timed("merge"), self.tables.once(application, number):
+            merge = self.tables.delta(schema.USERS).alias("stored").merge(new, same)
+            merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute()
+
+    def _record_progress(self, measured: pa.Table, n: int, application: str, number: int, offsets: str | None) -> None:
+        width = len(self.recent.pack())
+        parts = matrix(measured[MEASURED], width) if len(measured) else np.zeros((1, width))
+        self.recent = Progress.unpack(parts.sum(0))
+        self._surprises.append((self.recent.standardized.sum(), int(self.recent.n.sum())))
+        row = {
+            MODEL_VERSION: self.model.version,
+            schema.APPLICATION_ID: application,
+            schema.BATCH_ID: number,
+            schema.OFFSETS: offsets,
+            schema.N_EVENTS: n,
+            **progress.row_of(self.recent),
+        }
+        self._append(schema.PROGRESS, row, application, number)
+
+    def surprise(self, at_least: int) -> tuple[float, int]:
+        """Mean squared standardized error of the last batches with ``at_least`` events in all, and how many they are."""
+        total, n = 0.0, 0
+        for of_batch, events in reversed(self._surprises):
+            total, n = total + of_batch, n + events
+            if n >= at_least:
+                break
+        return total / max(n, 1), n
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - started
+
+    def _know(self, inputs: pa.Array) -> pa.Array:
+        """Those of ``inputs`` without features, after evaluating the oracle for those that have attributes."""
+        missing = inputs.filter(pa.array(index_of(inputs, self.inputs.ids) < 0))
+        if not len(missing):
+            return missing
+        materialize(self.tables, self.model, self._ids(missing))
+        self.inputs = self._load_inputs()
+        return missing.filter(pa.array(index_of(missing, self.inputs.ids) < 0))
+
+    def _load_inputs(self) -> SharedInputs:
+        rows = features_of(self.tables, self.model).toArrow()
+        return SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, self.model.d))
+
+    def _set_aside(self, batch: DataFrame, unknown: pa.Array, application: str, number: int) -> None:
+        rows = batch.join(F.broadcast(self._ids(unknown)), INPUT_ID, "left_semi").select(
+            F.lit(self.model.version).cast("long").alias(MODEL_VERSION),
+            F.lit(application).alias(schema.APPLICATION_ID),
+            *(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME),
+            F.lit(number).cast("long").alias(schema.BATCH_ID),
+            F.lit(None).cast("long").alias(schema.RELEASED),
+        )
+        self.tables.append(schema.WAITING, rows, once=(application, number))
+
+    def _waiting(self) -> DataFrame:
+        return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
+
+    def _ledger_row(self, application: str, number: int) -> Row | None:
+        row = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
+        return self.tables.read(schema.LEDGER).where(row).first()
+
+    def _write_ledger(
+        self,
+        application: str,
+        number: int,
+        counts: dict[str, int],
+        offsets: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        row = {
+            schema.QUERY: QUERY,
+            schema.APPLICATION_ID: application,
+            schema.BATCH_ID: number,
+            schema.SOURCE: self.tables.name(schema.EVENTS),
+            schema.OFFSETS: offsets,
+            schema.FINGERPRINT: fingerprint,
+            **counts,
+        }
+        self._append(schema.LEDGER, row, application, number)
+
+    def _append(self, table: str, row: dict[str, Any], application: str, number: int) -> None:
+        """One row with the time, at most once for (application, number)."""
+        rows = self.tables.spark.createDataFrame([row], schema.SCHEMAS[table])
+        self.tables.append(table, rows.withColumn(schema.CREATED_AT, F.current_timestamp()), once=(application, number))
+
+    def _ids(self, inputs: pa.Array) -> DataFrame:
+        return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))
+
+
+def _measured(table: pa.Table, model: Model, inputs: SharedInputs) -> np.ndarray:
+    return progress.measure(table, model, inputs).pack()
+
+
+def _distinct_inputs(events: DataFrame) -> pa.Array:
+    return events.select(INPUT_ID).distinct().toArrow()[INPUT_ID].combine_chunks()

@@ -97,6 +97,7 @@ class Fleet:
             except Exception as error:
                 self._take_down(version, error)
         self._judge()
+        self._care.look(self.streams, self.live)
 
     def run(self, stop: threading.Event) -> None:
         """Tend the streams until ``stop``."""

@@ -133,20 +133,20 @@ class Updater:
         )
         n = sum(totals["n"].to_pylist())
         fingerprint = f"{n}:{sum(map(int, totals['hash'].to_pylist()))}"
-        planned = self._ledger_row(application, number)
+        # Only the first batch of a run can be one that an earlier run began.
+        planned = None if self.tally.batches else self._ledger_row(application, number)
         if planned and (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
             raise ReplayError(
                 f"batch {number} of {application} was {planned[schema.FINGERPRINT]} at {planned[schema.OFFSETS]} and now "
                 f"is {fingerprint} at {offsets}: the checkpoint {self.checkpoint.folder} is damaged; nothing was applied. "
                 f"{RECOVERY}"
             )
-        if not planned:
-            unknown = self._know(totals[INPUT_ID].combine_chunks())
-            if len(unknown):
-                self._set_aside(batch, unknown, application, number)
+        unknown = pa.array([]) if planned else self._know(totals[INPUT_ID].combine_chunks())
+        if len(unknown):
+            self._set_aside(batch, unknown, application, number)
         tagged = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
         aside = self._waiting().where(tagged).select(EVENT_ID)
-        waited = aside.count()
+        waited = aside.count() if len(unknown) or not self.tally.batches else 0
         if not planned:
             counts = {schema.OFFERED: n, schema.ACCEPTED: n - waited, schema.WAITED: waited}
             self._write_ledger(application, number, counts, offsets, fingerprint)

@@ -83,15 +83,15 @@ def measure(spark: SparkSession, folder: Path, n_events: int, repeats: int) -> d
     }
 
 
-def random_model() -> tuple[Model, SharedInputs]:
+def random_model(k: int = RANK) -> tuple[Model, SharedInputs]:
     """A model of rank k with random features, as a retraining would leave it."""
-    random, d = np.random.default_rng(1), RANK + 1
+    random, d = np.random.default_rng(1), k + 1
     mean = random.normal(scale=0.3, size=(INPUTS, d))
     covariance = np.tile(gaussian.pack(0.05 * np.eye(d)), (INPUTS, 1))
     encoder = Encoder.fit(pd.DataFrame(index=range(1)), load_settings().encode)
     prior = Prior.start(np.eye(1), d, 0.2)
     artefact = Artefact(encoder, encoder, 0, 0, prior, prior)
-    model = Model(1, schema.LIVE, Form(RANK), "squared", 3.5, 0.6, 0.0, 7.0, 0, 0, artefact)
+    model = Model(1, schema.LIVE, Form(k), "squared", 3.5, 0.6, 0.0, 7.0, 0, 0, artefact)
     ids = pa.array(np.arange(INPUTS)).cast(pa.string())
     return model, SharedInputs(ids, Features.of(mean, covariance, 3.5))
 

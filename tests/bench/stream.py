@@ -1,0 +1,164 @@
+"""Events per second through the whole update query, from Delta to the MERGE into users, against a floor.
+
+The floor of a batch is what no update query can do without: its events read and shuffled by user, and a MERGE of as many
+ready-made rows into a copy of the users table. Both take ``--batches`` batches of each size, in turn, in one session.
+
+    python tests/bench/stream.py [--users 100000 1000000 --batches-of 20000 200000 1000000 --k 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from update import INPUTS, random_model
+
+from mtl import gaussian, schema
+from mtl.arrow import lists
+from mtl.config import Settings, load_settings
+from mtl.features import feature_rows
+from mtl.model import Model, model_row
+from mtl.models import publish
+from mtl.schema import MODEL_VERSION, USER_ID
+from mtl.session import open_session
+from mtl.stream import Stream
+from mtl.tables import Tables
+from mtl.users import WRITTEN, SharedInputs
+
+FILES = 2  # of a batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--batches-of", type=int, nargs="+", default=[20_000, 200_000, 1_000_000], metavar="EVENTS")
+    parser.add_argument("--batches", type=int, default=3, help="of each size; the first is not counted")
+    parser.add_argument("--k", type=int, default=10)
+    arguments = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(
+            [], [f"tables.root={folder}", f"update.max_files_per_trigger={FILES}", "care.compact_every_batches=0"]
+        )
+        spark = open_session(settings.spark, "bench stream")
+        for n_users in arguments.users:
+            tables, model = prepare(spark, Path(folder) / str(n_users), n_users, arguments.k)
+            stream = Stream(tables, settings, model)
+            for n_events in arguments.batches_of:
+                runs.append(measure(tables, stream, settings, n_users, n_events, arguments.batches))
+                print(json.dumps(runs[-1]), file=sys.stderr)
+            stream.close()
+    print(json.dumps({"k": arguments.k, "inputs": INPUTS, "runs": runs}))
+
+
+def prepare(spark: SparkSession, root: Path, n_users: int, k: int) -> tuple[Tables, Model]:
+    """A live model, its features, and ``n_users`` users that each have some events already; and a copy of users."""
+    tables = Tables(spark, str(root))
+    tables.create(*schema.SCHEMAS)
+    model, inputs = random_model(k)
+    rows = spark.createDataFrame(shared_rows(model, inputs))
+    tables.append(schema.FEATURES, rows)
+    users = states(spark, n_users, model.d)
+    tables.append(schema.USERS, users)
+    Tables(spark, str(root / "floor")).append(schema.USERS, users)
+    publish(tables, model_row(model, "shared_basis", (), 0, {}, load_settings()))
+    return tables, model
+
+
+def shared_rows(model: Model, inputs: SharedInputs) -> pa.Table:
+    n = len(inputs.ids)
+    return feature_rows(1, inputs.ids, inputs.features, np.zeros((n, model.d)), np.zeros((n, 0)))
+
+
+def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
+    packed = gaussian.pack(np.eye(d))
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            n = len(batch)
+            ids = batch.column(0).cast(pa.string())
+            columns = [ids, lists(np.tile(packed, (n, 1))), *(lists(np.zeros((n, d))) for _ in range(3))]
+            yield pa.record_batch([*columns, pa.array(np.zeros(n, np.int64))], list(WRITTEN))
+
+    kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
+    rows = spark.range(0, n_users, 1, 4).mapInArrow(partition, ", ".join(f"{name} {kinds[name]}" for name in WRITTEN))
+    return rows.withColumn(MODEL_VERSION, F.lit(1).cast("long")).withColumn(
+        schema.REFERENCE_TIME, F.lit(None).cast("timestamp")
+    )
+
+
+def measure(tables: Tables, stream: Stream, settings: Settings, n_users: int, n_events: int, batches: int) -> dict:
+    d = stream.model.d
+    spark = tables.spark
+    floor = Tables(spark, str(Path(tables.root) / "floor"))
+    touched = int(n_users * (1 - np.exp(-n_events / n_users)))
+    ready = f"{tables.root}/ready-{n_events}"
+    states(spark, touched, d).select(*WRITTEN, MODEL_VERSION).write.parquet(ready)
+    taken: dict[str, list[float]] = {"ours": [], "floor": []}
+    phases = []
+    for i in range(batches + 1):
+        tables.append(schema.EVENTS, events(spark, n_events, n_users, f"{n_users}-{n_events}-{i}"))
+        started = time.perf_counter()
+        stream.drain()
+        taken["ours"].append(time.perf_counter() - started)
+        phases.append(dict(stream.updater.seconds))
+        started = time.perf_counter()
+        shuffle(tables, settings)
+        merge(floor, spark.read.parquet(ready))
+        taken["floor"].append(time.perf_counter() - started)
+    ours, theirs = (sorted(taken[name][1:])[batches // 2] for name in ("ours", "floor"))
+    return {
+        "users": n_users,
+        "events": n_events,
+        "users_touched": touched,
+        "seconds": ours,
+        "floor_seconds": theirs,
+        "ratio": ours / theirs,
+        "events_per_second": n_events / ours,
+        "phases": phases[-1],
+        "all": taken,
+    }
+
+
+def events(spark: SparkSession, n: int, n_users: int, name: str) -> DataFrame:
+    uniform = spark.range(0, n, 1, FILES).select(
+        F.concat(F.lit(f"{name}-"), F.col("id").cast("string")).alias(schema.EVENT_ID),
+        F.floor(F.rand(1) * n_users).cast("string").alias(USER_ID),
+        F.floor(F.rand(2) * INPUTS).cast("string").alias(schema.INPUT_ID),
+        (F.rand(3) * 4 + 1).alias(schema.LABEL),
+        F.lit(1.0).alias(schema.WEIGHT),
+        F.current_timestamp().alias(schema.EVENT_TIME),
+        F.lit("bench").alias(schema.SOURCE),
+        F.lit(name).alias(schema.BATCH),
+    )
+    return uniform
+
+
+def shuffle(tables: Tables, settings: Settings) -> None:
+    """The last batch's events, read and shuffled by user."""
+    last = tables.version(schema.EVENTS)
+    before = set(tables.read(schema.EVENTS, last - 1).inputFiles())
+    new = [path for path in tables.read(schema.EVENTS).inputFiles() if path not in before]
+    rows = tables.spark.read.parquet(*new).select(USER_ID, schema.INPUT_ID, schema.LABEL, schema.WEIGHT)
+    partitions = tables.spark.sparkContext.defaultParallelism
+    rows.repartition(partitions, USER_ID).write.format("noop").mode("overwrite").save()
+
+
+def merge(tables: Tables, rows: DataFrame) -> None:
+    same = f"stored.{MODEL_VERSION} = 1 AND stored.{USER_ID} = new.{USER_ID}"
+    values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
+    into = tables.delta(schema.USERS).alias("stored").merge(rows.alias("new"), same)
+    into.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute()
+
+
+if __name__ == "__main__":
+    main()

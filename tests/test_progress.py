@@ -1,0 +1,63 @@
+"""Progressive validation: events predicted from what was known before them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.metrics import log_loss, mean_poisson_deviance
+from test_metrics import events, inputs, model_of
+
+from mtl import progress, schema
+from mtl.progress import SEEN, Progress, cost, measure
+from mtl.score import PREDICTION, STATE, STD, add_scores
+from mtl.users import add_events
+
+
+def with_states(states: pa.RecordBatch, table: pa.Table) -> pa.Table:
+    kept = states.select([schema.USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS])
+    return pa.concat_tables([table, pa.Table.from_batches([kept])], promote_options="default")
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic", "poisson"])
+def test_it_is_the_scorer_s_error_before_the_events_are_added(loss: str) -> None:
+    model, shared = model_of(loss), inputs()
+    whole = events(80)
+    first, second = whole.slice(0, 50), whole.slice(50)
+    known = add_events(first, model, shared, model.prior_mean_of_unknown)
+    table = with_states(known, second)
+    found = measure(table, model, shared)
+    scored = add_scores(table.rename_columns([STATE.get(n, n) for n in table.column_names]), model, shared)
+    label, std = scored[schema.LABEL].to_numpy(), scored[STD].to_numpy()
+    prediction = np.clip(scored[PREDICTION].to_numpy(), *progress.bounds(model))
+    assert found.n.sum() == 30
+    assert found.absolute.sum() == pytest.approx(np.abs(label - prediction).sum())
+    assert found.standardized.sum() == pytest.approx((((label - prediction) / std) ** 2).sum())
+    assert found.loss.sum() == pytest.approx(cost(loss, prediction, label).sum())
+    # The bins are by what the user had before this table.
+    before = dict(zip(known[schema.USER_ID].to_pylist(), known[schema.N_EVENTS].to_pylist(), strict=True))
+    had = np.array([before.get(user, 0) for user in second[schema.USER_ID].to_pylist()])
+    np.testing.assert_array_equal(found.n, np.histogram(had, [*SEEN, np.inf])[0])
+
+
+def test_costs_are_the_library_s() -> None:
+    random = np.random.default_rng(0)
+    p, y = random.uniform(0.05, 0.95, 50), random.integers(0, 2, 50).astype(float)
+    assert cost("logistic", p, y).mean() == pytest.approx(log_loss(y, p))
+    counts = random.poisson(2.0, 50).astype(float)
+    assert cost("poisson", p, counts).mean() == pytest.approx(mean_poisson_deviance(counts, p))
+
+
+def test_a_large_partition_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "AT_MOST", 7)
+    found = measure(events(40), model_of("squared"), inputs())
+    assert found.n.sum() == 7
+
+
+def test_packing_is_undone_and_sums_add_up() -> None:
+    one = measure(events(20), model_of("squared"), inputs())
+    again = Progress.unpack(one.pack())
+    for name, values in vars(one).items():
+        np.testing.assert_array_equal(values, getattr(again, name))
+    assert (one + again).n.sum() == 40
+    assert Progress.nothing(4).n.sum() == 0

@@ -13,23 +13,12 @@ from pyspark.sql import functions as F
 from mtl.model import Model
 from mtl.schema import LABEL
 
-# Probabilities and rates are kept this far from where one event could cost infinitely much.
-SMALLEST = 1e-6
 BINS = 15  # of equal width, for the calibration error
 
 
-def bounds(model: Model) -> tuple[float, float]:
-    """How far out a prediction can be: the training labels' range where the loss is squared."""
-    return {
-        "squared": (model.label_min, model.label_max),
-        "logistic": (SMALLEST, 1 - SMALLEST),
-        "poisson": (SMALLEST, math.inf),
-    }[model.loss]
-
-
 def clipped(prediction: Column, model: Model) -> Column:
-    """The prediction within its :func:`bounds`."""
-    low, high = bounds(model)
+    """The prediction within :attr:`Model.prediction_range`."""
+    low, high = model.prediction_range
     return F.greatest(F.least(prediction, F.lit(high)), F.lit(low))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,9 @@ from mtl.features import Features
 from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
 from mtl.prior import VectorPrior
+
+# Probabilities and rates are kept this far from where one event could cost infinitely much.
+_SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,15 @@ class Model:
     def d(self) -> int:
         """Length of φ and w: the basis functions and the intercept."""
         return self.form.d
+
+    @property
+    def prediction_range(self) -> tuple[float, float]:
+        """How far out a prediction can be: the training labels' range where the loss is squared."""
+        return {
+            "squared": (self.label_min, self.label_max),
+            "logistic": (_SMALLEST, 1 - _SMALLEST),
+            "poisson": (_SMALLEST, math.inf),
+        }[self.loss]
 
     def input_basis(self, attributes: pd.DataFrame) -> Array:
         """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""

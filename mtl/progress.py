@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from mtl import schema
 from mtl.blocks import index_of
 from mtl.gaussian import Array
-from mtl.metrics import bounds
 from mtl.model import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID
 from mtl.score import PREDICTION, STATE, STD, add_scores
@@ -77,7 +76,7 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
     states = others.filter(others[schema.A].is_valid())
     place = index_of(scored[USER_ID], states[USER_ID].combine_chunks())
     n_before = np.append(states[schema.N_EVENTS].to_numpy(), 0)[place]  # −1 takes the 0 at the end
-    prediction = np.clip(scored[PREDICTION].to_numpy(), *bounds(model))
+    prediction = np.clip(scored[PREDICTION].to_numpy(), *model.prediction_range)
     phi = inputs.features.phi[index_of(scored[INPUT_ID], inputs.ids)]
     label, std = scored[LABEL].to_numpy(), scored[STD].to_numpy()
     return _sums(model.loss, n_before, prediction, std, label, phi)

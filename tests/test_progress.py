@@ -29,7 +29,7 @@ def test_it_is_the_scorer_s_error_before_the_events_are_added(loss: str) -> None
     found = measure(table, model, shared)
     scored = add_scores(table.rename_columns([STATE.get(n, n) for n in table.column_names]), model, shared)
     label, std = scored[schema.LABEL].to_numpy(), scored[STD].to_numpy()
-    prediction = np.clip(scored[PREDICTION].to_numpy(), *progress.bounds(model))
+    prediction = np.clip(scored[PREDICTION].to_numpy(), *model.prediction_range)
     assert found.n.sum() == 30
     assert found.absolute.sum() == pytest.approx(np.abs(label - prediction).sum())
     assert found.standardized.sum() == pytest.approx((((label - prediction) / std) ** 2).sum())

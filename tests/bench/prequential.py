@@ -1,0 +1,188 @@
+"""MovieLens-100K in time order: every rating is predicted before it is learnt from.
+
+Ours is the product as it runs: ratings come through the events table in batches of ``--batch``, the update job predicts
+each batch, then adds it to its users (the ``progress`` table), and after every tenth of the ratings a new version is
+trained and goes live. Beside it, on the same ratings after the first tenth: MLlib ALS, trained anew after every tenth (a
+user or an input that it has not seen gets the mean), and, where the package river is installed, its matrix factorization
+with biases, event by event.
+
+    python tests/bench/prequential.py [--batch 1000] [--set SECTION.KEY=VALUE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pyspark.ml.recommendation import ALS
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from mtl import schema
+from mtl.config import Settings, load_settings
+from mtl.datasets import fetch_movielens, movielens
+from mtl.models import load_model
+from mtl.retrain import retrain
+from mtl.schema import EVENT_ID, EVENT_TIME, EVENTS, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, WEIGHT
+from mtl.session import open_session
+from mtl.tables import Tables
+from mtl.update import update
+
+CACHE = Path(tempfile.gettempdir()) / "oracle-mtl-movielens"
+PARTS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", default=str(CACHE), help="folder of the downloaded data (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1000, help="ratings in a micro-batch (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="settings of the model")
+    arguments = parser.parse_args()
+    data = movielens(fetch_movielens(arguments.cache), 1)
+    ratings = pd.concat([part.to_pandas() for part in (data.train, data.stream, data.test)])
+    ratings = ratings.sort_values([EVENT_TIME, USER_ID, INPUT_ID], kind="stable").reset_index(drop=True)
+    parts = np.array_split(np.arange(len(ratings)), PARTS)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(
+            [],
+            [f"tables.root={folder}", "update.max_files_per_trigger=1", "care.compact_every_batches=0", *arguments.set],
+        )
+        spark = open_session(settings.spark, "bench prequential")
+        ours = streamed(
+            spark, settings, data.inputs.to_pandas(), data.users.to_pandas(), ratings, parts, arguments.batch
+        )
+        als = retrained_als(spark, ratings, parts)
+    online = river(ratings, len(parts[0]))
+    print(
+        json.dumps(
+            {
+                "ratings": int(len(ratings) - len(parts[0])),
+                "oracle_mtl": ours,
+                "als": {"rmse": min(als.values()), "by_rank_and_regularization": als},
+                "river": online,
+            }
+        )
+    )
+
+
+def streamed(
+    spark: SparkSession,
+    settings: Settings,
+    inputs: pd.DataFrame,
+    users: pd.DataFrame,
+    ratings: pd.DataFrame,
+    parts: list[np.ndarray],
+    batch: int,
+) -> dict:
+    tables = Tables(spark, settings.tables.root)
+    tables.create(*schema.SCHEMAS)
+    tables.append(INPUTS, spark.createDataFrame(inputs), evolve=True)
+    tables.append(USER_ATTRIBUTES, spark.createDataFrame(users), evolve=True)
+    append(tables, ratings.iloc[parts[0]])
+    by_part = []
+    for part in parts[1:]:
+        version = retrain(tables, settings, promote=True)["model_version"]
+        for first in range(0, len(part), batch):
+            append(tables, ratings.iloc[part[first : first + batch]])
+        update(tables, settings)
+        row = of_version(tables, version)
+        by_part.append({"n": row["n"], "rmse": (row["loss"] / row["n"]) ** 0.5, "waiting": len(part) - row["n"]})
+        print(json.dumps(by_part[-1]), file=sys.stderr)
+    n = sum(part["n"] for part in by_part)
+    return {
+        "rmse": (sum(part["n"] * part["rmse"] ** 2 for part in by_part) / n) ** 0.5,
+        "n": n,
+        "k_of_last": load_model(tables).form.k,
+        "by_part": by_part,
+    }
+
+
+def of_version(tables: Tables, version: int) -> dict[str, float]:
+    rows = tables.read(schema.PROGRESS).where(F.col(schema.MODEL_VERSION) == version)
+    found = rows.agg(F.sum(schema.VALIDATED).alias("n"), F.sum(schema.LOSS).alias("loss")).first()
+    return found.asDict()
+
+
+def append(tables: Tables, ratings: pd.DataFrame) -> None:
+    """One commit of one file."""
+    rows = tables.spark.createDataFrame(ratings[[USER_ID, INPUT_ID, LABEL, EVENT_TIME]]).coalesce(1)
+    rows = rows.select(
+        F.concat_ws("-", USER_ID, INPUT_ID).alias(EVENT_ID),
+        USER_ID,
+        INPUT_ID,
+        F.col(LABEL).cast("double").alias(LABEL),
+        F.lit(1.0).alias(WEIGHT),
+        F.col(EVENT_TIME).cast("timestamp").alias(EVENT_TIME),
+        F.lit("bench").alias(schema.SOURCE),
+        F.lit("bench").alias(schema.BATCH),
+    )
+    tables.append(EVENTS, rows)
+
+
+def retrained_als(spark: SparkSession, ratings: pd.DataFrame, parts: list[np.ndarray]) -> dict[str, float]:
+    """RMSE by setting: the best of them is looked up with the answers in hand, which favours ALS."""
+    numbered = pd.DataFrame(
+        {
+            "user": ratings[USER_ID].astype(int),
+            "item": ratings[INPUT_ID].astype(int),
+            "label": ratings[LABEL].astype(float),
+        }
+    )
+    errors = {}
+    for rank in (5, 10):
+        for regularization in (0.1, 0.2):
+            als = ALS(
+                rank=rank,
+                regParam=regularization,
+                maxIter=15,
+                userCol="user",
+                itemCol="item",
+                ratingCol="label",
+                seed=0,
+            )
+            squares = 0.0
+            for i in range(1, len(parts)):
+                known = numbered.iloc[np.concatenate(parts[:i])]
+                model = als.fit(spark.createDataFrame(known))
+                found = model.transform(spark.createDataFrame(numbered.iloc[parts[i]])).toPandas()
+                prediction = found["prediction"].fillna(known["label"].mean()).clip(1, 5)
+                squares += float(((found["label"] - prediction) ** 2).sum())
+            errors[f"{rank}, {regularization}"] = (squares / sum(map(len, parts[1:]))) ** 0.5
+    return errors
+
+
+def river(ratings: pd.DataFrame, first: int) -> dict:
+    """river's BiasedMF, event by event from the very first rating on; errors counted after the first tenth."""
+    try:
+        import river
+        from river import optim, reco
+    except ImportError:
+        return {"rmse": None, "reason": "the package river is not installed"}
+    errors = {}
+    for n_factors in (5, 10):
+        for rate in (0.01, 0.025, 0.05):
+            model = reco.BiasedMF(
+                n_factors=n_factors,
+                bias_optimizer=optim.SGD(rate),
+                latent_optimizer=optim.SGD(rate),
+                l2_bias=0.01,
+                l2_latent=0.05,
+                seed=0,
+            )
+            squares = 0.0
+            rows = zip(ratings[USER_ID], ratings[INPUT_ID], ratings[LABEL].astype(float), strict=True)
+            for i, (user, item, label) in enumerate(rows):
+                if i >= first:
+                    squares += (label - min(5.0, max(1.0, model.predict_one(user, item)))) ** 2
+                model.learn_one(user, item, label)
+            errors[f"{n_factors}, {rate}"] = (squares / (len(ratings) - first)) ** 0.5
+    return {"version": river.__version__, "rmse": min(errors.values()), "by_factors_and_rate": errors}
+
+
+if __name__ == "__main__":
+    main()

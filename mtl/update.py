@@ -62,8 +62,7 @@ def update(
         fleet.drain() if available_now else fleet.run(stop or threading.Event())
     finally:
         fleet.close()
-    main = version or fleet.live
-    return {**fleet.report(main), "seconds": round(time.monotonic() - started, 3)}
+    return {**fleet.report(version or models.live_version(tables)), "seconds": round(time.monotonic() - started, 3)}
 
 
 class Fleet:

@@ -12,6 +12,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from mtl import features, schema
+from mtl.arrivals import shared_inputs
 from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
@@ -27,7 +28,7 @@ from mtl.recover import batches_of, last_batch, ledger_of
 from mtl.replay import in_turns
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.users import TRAINING, TURN, SharedInputs, updated_users
+from mtl.users import TRAINING, TURN, updated_users
 
 log = logging.getLogger("mtl")
 
@@ -136,8 +137,7 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
             return {"holds": False, "reason": str(error)}
         whole = events.withColumn(TURN, F.lit(TRAINING))
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
-    rows = features_of(tables, model).toArrow()
-    inputs = SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, model.d))
+    inputs = shared_inputs(features_of(tables, model).toArrow(), model)
     partitions = tables.spark.sparkContext.defaultParallelism
 
     def from_nothing(events: DataFrame) -> DataFrame:

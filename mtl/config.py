@@ -119,6 +119,7 @@ class UpdateSettings(_Section):
     trigger_seconds: float = Field(ge=0)
     partitions: int = Field(ge=0)
     checkpoints: str
+    learn_arrivals: bool
 
 
 class SwitchSettings(_Section):

@@ -57,31 +57,56 @@ class Features:
     def astype(self, dtype: Any) -> Features:
         return Features(*(values.astype(dtype) for values in vars(self).values()))
 
+    def replaced(self, rows: np.ndarray, others: Features) -> Features:
+        """With other features at these places."""
+        columns = []
+        for values, new in zip(vars(self).values(), vars(others).values(), strict=True):
+            columns.append(values.copy())
+            columns[-1][rows] = new
+        return Features(*columns)
+
     def take(self, rows: np.ndarray) -> Features:
         return Features(*(values[rows] for values in vars(self).values()))
 
 
-def feature_rows(version: int, ids: pa.Array, features: Features, residual: Array, implicit: Array) -> pa.Table:
+def feature_rows(
+    version: int, ids: pa.Array, features: Features, residual: Array, implicit: Array, arrived: bool = False
+) -> pa.Table:
     """Rows of the features table for n inputs.
 
     Args:
         residual: what training added to the oracle's prediction, (n, d).
         implicit: the attributes that training events are, (n, q).
+        arrived: they came after training, and nothing has been learnt of them yet (:mod:`mtl.arrivals`).
     """
+    n, d = features.phi.shape
+    nothing = {
+        schema.A: lists(np.zeros((n, gaussian.packed_length(d)))) if arrived else pa.nulls(n, pa.list_(pa.float64())),
+        schema.B: lists(np.zeros((n, d))) if arrived else pa.nulls(n, pa.list_(pa.float64())),
+        schema.N_EVENTS: pa.array(np.zeros(n, np.int64)) if arrived else pa.nulls(n, pa.int64()),
+    }
     return pa.table(
         {
-            schema.MODEL_VERSION: pa.array(np.full(len(ids), version)),
+            schema.MODEL_VERSION: pa.array(np.full(n, version)),
             schema.INPUT_ID: ids,
-            schema.OFFSET: features.offset,
-            schema.PHI: lists(features.phi),
-            schema.SECOND_MOMENT: lists(features.second_moment),
-            schema.OFFSET_PHI: lists(features.offset_phi),
-            schema.OFFSET_VARIANCE: features.offset_variance,
+            **columns_of(features),
             schema.IMPLICIT: lists(implicit),
             schema.RESIDUAL: lists(residual),
             schema.INPUT_CLASS: ids,
+            **nothing,
         }
     )
+
+
+def columns_of(features: Features) -> dict[str, pa.Array]:
+    """The columns of the features table that hold them."""
+    return {
+        schema.OFFSET: pa.array(features.offset),
+        schema.PHI: lists(features.phi),
+        schema.SECOND_MOMENT: lists(features.second_moment),
+        schema.OFFSET_PHI: lists(features.offset_phi),
+        schema.OFFSET_VARIANCE: pa.array(features.offset_variance),
+    }
 
 
 def from_rows(rows: pa.Table, d: int) -> Features:

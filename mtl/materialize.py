@@ -49,7 +49,7 @@ def insert_features(tables: Tables, model: Model, attributes: pd.DataFrame) -> N
     features = model.features_of_new(attributes.drop(columns=INPUT_ID))
     ids, width = pa.array(attributes[INPUT_ID], pa.string()), model.artefact.input_implicit
     nothing = np.zeros((len(attributes), width))
-    rows = feature_rows(model.version, ids, features, np.zeros_like(features.phi), nothing)
+    rows = feature_rows(model.version, ids, features, np.zeros_like(features.phi), nothing, arrived=True)
     source = tables.spark.createDataFrame(rows).alias("new")
     same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
     tables.delta(schema.FEATURES).alias("stored").merge(source, same).whenNotMatchedInsertAll().execute()

@@ -74,7 +74,10 @@ class Model:
 
     def features_of_new(self, attributes: pd.DataFrame) -> Features:
         """Features of inputs that no event is known of, from their attribute rows: g(z) with the residuals' covariance."""
-        mean = self.input_basis(attributes)
+        return self.features_about(self.input_basis(attributes))
+
+    def features_about(self, mean: Array) -> Features:
+        """Features of inputs of which an oracle's prediction (n, d) is all that is known."""
         covariance = np.tile(gaussian.pack(self.artefact.inputs.covariance), (len(mean), 1))
         return Features.of(mean, covariance, self.mean_label)
 

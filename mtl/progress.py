@@ -71,13 +71,15 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
     others = others.filter(pc.is_in(others[USER_ID], pc.unique(events[USER_ID])))
     together = pa.concat_tables([events, others])
     scored = add_scores(
-        together.rename_columns([STATE.get(name, name) for name in together.column_names]), model, inputs
+        together.rename_columns([STATE.get(name, name) for name in together.column_names]),
+        model,
+        SharedInputs(inputs.ids, inputs.current),
     )
     states = others.filter(others[schema.A].is_valid())
     place = index_of(scored[USER_ID], states[USER_ID].combine_chunks())
     n_before = np.append(states[schema.N_EVENTS].to_numpy(), 0)[place]  # −1 takes the 0 at the end
     prediction = np.clip(scored[PREDICTION].to_numpy(), *model.prediction_range)
-    phi = inputs.features.phi[index_of(scored[INPUT_ID], inputs.ids)]
+    phi = inputs.current.phi[index_of(scored[INPUT_ID], inputs.ids)]
     label, std = scored[LABEL].to_numpy(), scored[STD].to_numpy()
     return _sums(model.loss, n_before, prediction, std, label, phi)
 

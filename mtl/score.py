@@ -109,7 +109,7 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     is_row = table[INPUT_ID].is_valid().to_numpy()
     codes = table[USER_ID].combine_chunks().dictionary_encode()
     row, n_users = codes.indices.to_numpy(), len(codes.dictionary)
-    a, b, prior_mean = _states(table, row, n_users, model)
+    a, b, prior_mean = states_of(table, row, n_users, model)
 
     rows = table.filter(pa.array(is_row)).drop_columns(list(STATE.values()))
     place = index_of(rows[INPUT_ID], inputs.ids)
@@ -125,7 +125,7 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     return rows.append_column(PREDICTION, pa.array(prediction)).append_column(STD, pa.array(std))
 
 
-def _states(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> tuple[Array, Array, Array]:
+def states_of(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> tuple[Array, Array, Array]:
     """a, b and prior means of the partition's users; without a state 0, 0 and what is known of them."""
     d = model.d
     a, b = np.zeros((n_users, gaussian.packed_length(d))), np.zeros((n_users, d))

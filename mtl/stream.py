@@ -18,6 +18,7 @@ from mtl.recover import already_applied, check, drop_unplanned, recover, startin
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.tables import Tables
 from mtl.updater import Updater
+from mtl.zeros import WithZeros
 
 log = logging.getLogger("mtl")
 
@@ -51,7 +52,10 @@ class Stream:
 
     def _open(self, checkpoint: Checkpoint, from_ledger: bool) -> Updater:
         partitions = self.settings.update.partitions or self.tables.spark.sparkContext.defaultParallelism
-        updater = Updater(self.tables, self.model, checkpoint, partitions)
+        # An input without the zeros that others have would be learnt from its ones alone (mtl.zeros).
+        has_zeros = isinstance(self.model.artefact.users, WithZeros)
+        learn_arrivals = self.settings.update.learn_arrivals and not has_zeros
+        updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals)
         if from_ledger:
             updater.finish_release()
             recover(self.tables, self.model, checkpoint)

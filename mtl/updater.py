@@ -5,7 +5,8 @@ A micro-batch N of the query with application id *app* takes these steps, each o
 1. events whose input is not known are set aside in `waiting`, tagged N;
 2. a ledger row: offsets, fingerprint, counts;
 3. a progress row: what the other events cost when predicted before they are known (:mod:`mtl.progress`);
-4. one MERGE of their users into `users`.
+4. where there are events of inputs that came after training, a MERGE of these into `features` (:mod:`mtl.arrivals`);
+5. one MERGE of their users into `users`.
 
 A batch that is repeated after a crash finds the steps that were committed and does the others. What it applies is
 fixed by step 1 and the batch itself: its events less those tagged N. The fingerprint in the ledger is compared on every
@@ -29,10 +30,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
-from mtl import features, progress, schema
+from mtl import arrivals, progress, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.checkpoint import RECOVERY, Checkpoint
@@ -42,7 +44,7 @@ from mtl.model import Model
 from mtl.progress import Progress
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
 from mtl.tables import Tables
-from mtl.users import MEASURED, WRITTEN, SharedInputs, prior_means, updated_users
+from mtl.users import MEASURED, MEASURED_OF, WRITTEN, SharedInputs, prior_means, updated_users
 
 log = logging.getLogger("mtl")
 
@@ -76,6 +78,7 @@ class Updater:
     model: Model
     checkpoint: Checkpoint
     partitions: int
+    learn_arrivals: bool = True
     tally: Tally = field(default_factory=Tally)
     failure: Exception | None = None
 
@@ -225,11 +228,14 @@ class Updater:
         described = None
         if len(attributes.columns) > 1:
             described = prior_means(attributes.join(users, USER_ID, "left_semi"), self.model)
-        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, _measured)
+        measure = _progress_and_evidence if self.learn_arrivals else _progress
+        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, measure)
         with self._timed("compute"):
             rows = rows.localCheckpoint()  # computed once; unlike a cached plan, MERGE takes it
-            measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED).toArrow()
-            self._record_progress(measured, n, application, number, offsets)
+            measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
+            of_inputs = measured[MEASURED_OF].is_valid()
+            self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)
+            self._learn_arrivals(measured.filter(of_inputs), application, number)
         users = rows.where(F.col(USER_ID).isNotNull()).drop(MEASURED)
         new = users.withColumn(MODEL_VERSION, F.lit(version).cast("long")).alias("new")
         same = f"stored.{MODEL_VERSION} = {version} AND stored.{USER_ID} = new.{USER_ID}"
@@ -252,6 +258,27 @@ class Updater:
             **progress.row_of(self.recent),
         }
         self._append(schema.PROGRESS, row, application, number)
+
+    def _learn_arrivals(self, measured: pa.Table, application: str, number: int) -> None:
+        """What the events say of inputs that came after training, into their features, once for (application, number)."""
+        if not len(measured):
+            return
+        codes = measured[MEASURED_OF].combine_chunks().dictionary_encode()
+        of_partitions = matrix(measured[MEASURED], len(measured[MEASURED][0]))
+        evidence = np.zeros((len(codes.dictionary), of_partitions.shape[1]))
+        np.add.at(evidence, codes.indices.to_numpy(), of_partitions)
+        rows = self._features_of(codes.dictionary)
+        learnt = arrivals.learn(rows, evidence[index_of(rows[INPUT_ID], codes.dictionary)], self.model)
+        new = self.tables.spark.createDataFrame(learnt).alias("new")
+        same = f"stored.{MODEL_VERSION} = {self.model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
+        with self.tables.once(application, number):
+            self.tables.delta(schema.FEATURES).alias("stored").merge(new, same).whenMatchedUpdateAll().execute()
+        # As the table has them: a repeated batch's were there already.
+        self.inputs = arrivals.renewed(self.inputs, self._features_of(codes.dictionary), self.model)
+
+    def _features_of(self, inputs: pa.Array) -> pa.Table:
+        rows = features_of(self.tables, self.model).join(F.broadcast(self._ids(inputs)), INPUT_ID, "left_semi")
+        return rows.toArrow()
 
     def surprise(self, at_least: int) -> tuple[float, int]:
         """Mean squared standardized error of the last batches with ``at_least`` events in all, and how many they are."""
@@ -278,8 +305,7 @@ class Updater:
         return missing.filter(pa.array(index_of(missing, self.inputs.ids) < 0))
 
     def _load_inputs(self) -> SharedInputs:
-        rows = features_of(self.tables, self.model).toArrow()
-        return SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, self.model.d))
+        return arrivals.shared_inputs(features_of(self.tables, self.model).toArrow(), self.model)
 
     def _set_aside(self, batch: DataFrame, unknown: pa.Array, application: str, number: int) -> None:
         rows = batch.join(F.broadcast(self._ids(unknown)), INPUT_ID, "left_semi").select(
@@ -326,8 +352,12 @@ class Updater:
         return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))
 
 
-def _measured(table: pa.Table, model: Model, inputs: SharedInputs) -> np.ndarray:
-    return progress.measure(table, model, inputs).pack()
+def _progress(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:
+    return [(pa.nulls(1, pa.string()), progress.measure(table, model, inputs).pack()[None, :])]
+
+
+def _progress_and_evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:
+    return [*_progress(table, model, inputs), arrivals.evidence(table, model, inputs)]
 
 
 def _distinct_inputs(events: DataFrame) -> pa.Array:

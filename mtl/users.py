@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from mtl.working import settle
 _STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
 TURN = "turn"
 TRAINING = 0  # the turn of the events that a retraining gave the users at once
-MEASURED = "measured"
+MEASURED, MEASURED_OF = "measured", "measured_of"
 WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS)
 
 
@@ -33,10 +33,17 @@ class SharedInputs:
     """What the workers need of the inputs: ids and features, in the same order."""
 
     ids: pa.Array
-    features: Features = field(repr=False)
+    features: Features = field(repr=False)  # what users' sums are made of
+    arrived: np.ndarray | None = field(default=None, repr=False)  # which came after training, (n,); None: none did
+    learnt: Features | None = field(default=None, repr=False)  # what predictions are made of, see mtl.arrivals
+
+    @property
+    def current(self) -> Features:
+        """Features to predict with."""
+        return self.features if self.learnt is None else self.learnt
 
 
-Measure = Callable[[pa.Table, Model, SharedInputs], Array]
+Measure = Callable[[pa.Table, Model, SharedInputs], Iterable[tuple[pa.Array, Array]]]
 
 
 def updated_users(
@@ -57,7 +64,8 @@ def updated_users(
         described: of :func:`prior_means`, for users without a row; None where no user has attributes.
         partitions: hash partitions of users.
         measure: something to measure of each partition before its events are added: (a table as :func:`add_events`
-            gets it, model, inputs) → numbers, which come as one more row, without a user, in the column ``measured``.
+            gets it, model, inputs) → pairs of n ids and numbers (n, m), which come as more rows, without a user, in the
+            columns ``measured_of`` and ``measured``.
     """
     turn = [TURN] if TURN in events.columns else []
     rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *turn).unionByName(
@@ -67,7 +75,10 @@ def updated_users(
         rows = rows.unionByName(described, allowMissingColumns=True)
     update = _update_in_arrow(events.sparkSession.sparkContext.broadcast((model, inputs)), measure)
     kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
-    columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [f"{MEASURED} array<double>"] * bool(measure)
+    columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [
+        f"{MEASURED_OF} string",
+        f"{MEASURED} array<double>",
+    ] * bool(measure)
     return rows.repartition(partitions, USER_ID).mapInArrow(update, ", ".join(columns))
 
 
@@ -147,9 +158,11 @@ def _update_in_arrow(
         if measure is None:
             yield users
             return
-        none = [pa.nulls(1, column.type) for column in users.columns]
-        names = [*WRITTEN, MEASURED]
-        yield pa.record_batch([*none, lists(measure(table, model, inputs)[None, :])], names)
-        yield pa.record_batch([*users.columns, pa.nulls(len(users), pa.list_(pa.float64()))], names)
+        names = [*WRITTEN, MEASURED_OF, MEASURED]
+        for ids, numbers in measure(table, model, inputs):
+            none = [pa.nulls(len(ids), column.type) for column in users.columns]
+            yield pa.record_batch([*none, ids, lists(numbers)], names)
+        none = [pa.nulls(len(users), kind) for kind in (pa.string(), pa.list_(pa.float64()))]
+        yield pa.record_batch([*users.columns, *none], names)
 
     return partition

@@ -203,10 +203,31 @@ def test_an_input_with_attributes_gets_features_within_the_batch(live: Tables) -
     new = pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})
     live.append(INPUTS, live.spark.createDataFrame(new))
     append(live, rows(np.arange(TRAINED, 255)).assign(input_id="new"))
-    assert update(live, settings())["waited"] == 0
+    assert update(live, settings("update.learn_arrivals=false"))["waited"] == 0
     stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").toArrow()
     expected = load_model(live).features_of_new(new)
     np.testing.assert_allclose(matrix(stored[schema.PHI], 3), expected.phi)
+    assert broken(live) == []
+
+
+@pytest.mark.parametrize(("step", "before"), [(None, False), ("_learn_arrivals", True), ("_learn_arrivals", False)])
+def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
+    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool
+) -> None:
+    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
+    of_new = rows(np.arange(TRAINED, 265)).assign(input_id="new", label=9.0)
+    for part in (of_new[:5], of_new[5:]):
+        append(live, part)
+    if step:
+        with dying(monkeypatch, step, before):
+            update(live, ONE_FILE_A_BATCH)
+    update(live, ONE_FILE_A_BATCH)
+    stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
+    model = load_model(live)
+    unlearnt = model.features_of_new(pd.DataFrame({"year": [0.5]}))
+    assert stored[schema.N_EVENTS] == 15
+    assert unlearnt.offset[0] < stored[schema.OFFSET] < 9.0
+    assert stored[schema.OFFSET_VARIANCE] < unlearnt.offset_variance[0]
     assert broken(live) == []
 
 

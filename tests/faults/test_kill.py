@@ -218,3 +218,46 @@ def test_a_torn_checkpoint_is_refused_and_recovered_from(tables: Path, torn: str
     assert refused.stderr.strip().splitlines()[-1].startswith("update: ")
     run("update", tables, "--available-now", "--recover")
     assert_all_is_there(tables)
+
+
+@pytest.mark.skipif(not LONG, reason="of the long campaign: make faults")
+def test_a_full_disk_stops_the_job_and_loses_nothing(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    small = tmp_path_factory.mktemp("small")
+    size = sum(file.stat().st_size for file in tables.rglob("*") if file.is_file())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * size + 100_000}", "tmpfs", small], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        shutil.copytree(tables, small, dirs_exist_ok=True)
+        filler = small / "filler"
+        with filler.open("wb") as file:
+            free = shutil.disk_usage(small).free - 60_000
+            file.write(b"\0" * max(0, free))
+        command = [sys.executable, *job("update", small, "--available-now")]
+        full = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert full.returncode == 1, full.stderr[-2000:]
+        assert full.stderr.strip().splitlines()[-1].startswith("update: ")
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=500m", small], check=True)
+        assert_all_is_there(small)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.skipif(not LONG, reason="of the long campaign: make faults")
+def test_a_vacuum_behind_a_slow_reader_is_told_and_not_skipped(tables: Path) -> None:
+    """Files that the stream has not read are gone, their events are in compacted ones: it must not go on without them."""
+    script = (
+        "import sys; from mtl.config import load_settings; from mtl.session import open_session; "
+        "settings = load_settings([], ['spark.master=local[1]', 'spark.driver_memory=1g', "
+        '\'spark.options={"spark.databricks.delta.retentionDurationCheck.enabled"="false"}\']); '
+        "spark = open_session(settings.spark, 'vacuum'); name = f'delta.`{sys.argv[1]}`'; "
+        "spark.sql(f'OPTIMIZE {name}'); spark.sql(f'VACUUM {name} RETAIN 0 HOURS')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tables / "tables" / "events")], check=True, cwd=ROOT)
+    command = [sys.executable, *job("update", tables, "--available-now")]
+    behind = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert behind.returncode == 1
+    assert behind.stderr.strip().splitlines()[-1].startswith("update: ")
+    run("retrain", tables, "--promote")
+    assert_all_is_there(tables)

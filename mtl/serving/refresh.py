@@ -1,0 +1,471 @@
+"""The store kept like the tables: only what changed is read, and what is shown changes at once.
+
+One cycle reads the tables' latest commits, users first: every event that these users contain is then in the events table as
+far as it is read afterwards. See :mod:`mtl.serving.overlay` for how a user's new row takes over from its observations.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from msgspec.structs import replace
+
+from mtl import gaussian, schema
+from mtl.arrow import matrix
+from mtl.features import from_rows
+from mtl.model import Model, model_of
+from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, MODELS, USER_ATTRIBUTES, USER_ID, USERS
+from mtl.serving import scorer
+from mtl.serving.coverage import Coverage, coverage, known_before, still_waiting
+from mtl.serving.overlay import Overlay, Pending, Status
+from mtl.serving.records import DIGEST_BYTES, cycle_of, digest, is_described_only, pack_described, pack_users
+from mtl.serving.source import AddedFile, Expired, Source
+from mtl.serving.store import Live, Store, new_feature_files, prefix, write_features
+
+log = logging.getLogger("mtl")
+
+POPULAR = 1000  # inputs kept as the most frequent
+GRACE_SECONDS = 15.0  # after a switch, until no worker reads the version before
+NOWHERE = (-1, -1)  # where an id is that the events table had before it was observed here
+_CYCLE = "cycle"
+_USER_COLUMNS = (USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
+_TOLD = (
+    schema.MODEL_VERSION,
+    schema.STATUS,
+    schema.LOSS,
+    schema.K,
+    schema.N_EVENTS,
+    schema.EVENTS_VERSION,
+    schema.NOISE,
+    schema.CREATED_AT,
+    schema.PROMOTED_AT,
+)
+_ROWS_AT_ONCE = 20_000
+
+
+@dataclass
+class Refresher:
+    """Keeps one store; one an overlay."""
+
+    source: Source
+    store: Store
+    overlay: Overlay
+    _model: Model | None = None
+    _commits: dict[str, int] = field(default_factory=dict)  # of the cycle in hand
+    _answered: tuple[int, int] | None = None  # commits of users and events at the last question of what users contain
+
+    def refresh(self) -> bool:
+        """One cycle; whether anything that is shown changed.
+
+        Raises:
+            UNREADABLE of :mod:`mtl.serving.source`: the tables cannot be read; what is shown stays.
+        """
+        started = time.time()
+        try:
+            changed = self._cycle()
+        except BaseException:
+            self._answered = None
+            raise
+        self.overlay.tell(Status(checked_at=started))
+        return changed
+
+    def _cycle(self) -> bool:
+        self._commits = {
+            table: version
+            for table in (MODELS, USERS, FEATURES, INPUTS, USER_ATTRIBUTES, EVENTS)
+            if (version := self.source.version(table)) is not None
+        }
+        with self.store.reading() as transaction:
+            live, before = self.store.live(transaction), self.store.versions(transaction)
+        changed = False
+        if live is not None:
+            changed |= self._read_events(before.get(EVENTS, -1))
+        changed |= self._read_attributes(before)
+        row = self._live_row(before)
+        if row is not None and (live is None or row[schema.MODEL_VERSION] != live.model_version):
+            self._load(row, before)
+            if live is None:
+                self._read_events(before.get(EVENTS, -1))
+            changed = True
+        elif live is not None:
+            changed |= self._follow(live, before)
+        self._delete_covered()
+        return changed
+
+    # The live version.
+
+    def _live_row(self, before: dict[str, int]) -> dict[str, Any] | None:
+        """The live row of the models table, if that table changed."""
+        if MODELS not in self._commits or self._commits[MODELS] == before.get(MODELS):
+            return None
+        columns = ", ".join(_TOLD)
+        rows = [
+            row
+            for part in self.source.query(MODELS, f"select {columns} from t", self._commits[MODELS])
+            for row in part.to_pylist()
+        ]
+        self.store.write_model_list([_portable(row) for row in rows])
+        sql = f"select * from t where {schema.STATUS} = '{schema.LIVE}'"
+        for batch in self.source.query(MODELS, sql, self._commits[MODELS]):
+            for row in batch.to_pylist():
+                return row
+        return None
+
+    def _load(self, row: dict[str, Any], before: dict[str, int]) -> None:
+        """Everything of another version beside what is shown, then the switch."""
+        model, cycle = model_of(row), self._begin_cycle(before)
+        version = model.version
+        log.info("serve: loading model version %d", version)
+        self.store.write_model(version, _portable(row))
+        live = self._load_features(model)
+        self._load_users(model, cycle)
+        if (covered := self._coverage(model)) is not None:
+            self._mark(covered, cycle, None)
+        commits = {name: self._commits[name] for name in (MODELS, USERS, FEATURES) if name in self._commits}
+        self.store.write_live(replace(live, switched_at=time.time()), **commits)
+        self._model = model
+        log.info("serve: model version %d is shown, %d inputs", version, live.n_inputs)
+
+    def _load_features(self, model: Model) -> Live:
+        n = 0
+        features, top = new_feature_files(model.version)
+        sql = f"select * from t where {schema.MODEL_VERSION} = {model.version}"
+        count = f"select count(*) from t where {schema.MODEL_VERSION} = {model.version}"
+        total = next(self.source.query(FEATURES, count, self._commits[FEATURES])).column(0)[0].as_py()
+        live = Live(
+            model.version, model.d, self.store.new_generation(), features, top, 0, int(total * 1.25) + 1024, 0.0
+        )
+        for batch in self.source.query(FEATURES, sql, self._commits[FEATURES]):
+            n = self._append_features(live, n, pa.table(batch))
+        return replace(live, n_inputs=n)
+
+    def _append_features(self, live: Live, first: int, rows: pa.Table) -> int:
+        """Put rows of the features table behind the first ones; how many there are then."""
+        if not rows.num_rows:
+            return first
+        packed = scorer.feature_rows(from_rows(rows, live.d))
+        write_features(self.store.folder, live, first, packed, scorer.top_columns(packed, live.d))
+        self.store.write_input_ids(live.generation, first, rows[INPUT_ID].to_pylist())
+        return first + rows.num_rows
+
+    def _load_users(self, model: Model, cycle: int) -> None:
+        columns = ", ".join(f'"{name}"' for name in _USER_COLUMNS)
+        sql = f"select {columns} from t where {schema.MODEL_VERSION} = {model.version}"
+        for batch in self.source.query(USERS, sql, self._commits[USERS]):
+            self.store.write_users(model.version, _user_records(pa.table(batch), model.d, cycle))
+        if USER_ATTRIBUTES in self._commits:
+            for batch in self.source.query(USER_ATTRIBUTES, "select * from t", self._commits[USER_ATTRIBUTES]):
+                self._describe_users(model, pa.table(batch), cycle, whole=True)
+        self.store.delete_users_before(model.version, cycle)
+
+    def _describe_users(self, model: Model, attributes: pa.Table, cycle: int, whole: bool = False) -> None:
+        """Prior means of users of whom there is no event; in a ``whole`` reading, of whom no row was met in this cycle."""
+        for first in range(0, attributes.num_rows, _ROWS_AT_ONCE):
+            rows = attributes.slice(first, _ROWS_AT_ONCE)
+            users = [digest(user) for user in rows[USER_ID].to_pylist()]
+            with self.store.reading() as transaction:
+                records = [self.store.user(transaction, prefix(model.version), user) for user in users]
+                place = [
+                    i
+                    for i, record in enumerate(records)
+                    if record is None or is_described_only(record, model.d) or (whole and cycle_of(record) != cycle)
+                ]
+            if place:
+                frame = rows.take(pa.array(place)).drop_columns([USER_ID]).to_pandas()
+                means = model.prior_mean_of_new(frame)
+                described = zip((users[i] for i in place), means, strict=True)
+                self.store.write_users(model.version, ((user, pack_described(cycle, mean)) for user, mean in described))
+
+    # What changed in it.
+
+    def _follow(self, live: Live, before: dict[str, int]) -> bool:
+        """Bring the version that is shown up to the tables."""
+        version, commits = live.model_version, self._commits
+        moved = {table: commits.get(table, -1) for table in (USERS, FEATURES, MODELS, USER_ATTRIBUTES)}
+        moved = {table: commit for table, commit in moved.items() if commit != before.get(table, -1)}
+        asks = self._asks()
+        if not moved and not asks:
+            return False
+        model, changed = self._model_of(live), False
+        if FEATURES in moved:
+            changed |= self._follow_features(live, before.get(FEATURES, -1))
+        covered = self._coverage(model) if asks or USERS in moved else None
+        if USERS in moved:
+            changed |= self._follow_users(model, before, covered)
+        elif covered is not None:
+            self._mark(covered, 0, set())
+        if USER_ATTRIBUTES in moved:
+            self._follow_user_attributes(model, before)
+        if moved:
+            self.store.write_versions(**moved)
+        if time.time() - live.switched_at > GRACE_SECONDS and MODELS not in moved:
+            self._clean(live)
+        return changed
+
+    def _follow_features(self, live: Live, after: int) -> bool:
+        try:
+            files = list(self._new_files(FEATURES, after, live.model_version))
+        except _Reload:
+            log.info("serve: the features table was rewritten: reading it anew")
+            self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
+            return True
+        n, known = live.n_inputs, live
+        for file in files:
+            rows = self.source.rows(FEATURES, file)
+            if n + rows.num_rows > known.capacity:
+                self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
+                return True
+            n = self._append_features(live, n, rows)
+        if n != live.n_inputs:
+            self.store.write_live(replace(live, n_inputs=n))
+        return n != live.n_inputs
+
+    def _follow_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
+        try:
+            files = list(self._new_files(USERS, before.get(USERS, -1), model.version))
+        except _Reload:
+            log.info("serve: the users table was rewritten: reading it anew")
+            cycle = self._begin_cycle(before)
+            if covered is not None:
+                self._mark(covered, cycle, None)
+            self._load_users(model, cycle)
+            return True
+        if not files:
+            return False
+        cycle = self._begin_cycle(before)
+        newest: dict[str, int] = {}  # the last file that has the user
+        for number, file in enumerate(files):
+            newest.update(dict.fromkeys(self.source.rows(USERS, file, [USER_ID])[USER_ID].to_pylist(), number))
+        if covered is not None:
+            self._mark(covered, cycle, {digest(user) for user in newest})
+        for number, file in enumerate(files):
+            rows = self.source.rows(USERS, file, _USER_COLUMNS)
+            mine = [newest[user] == number for user in rows[USER_ID].to_pylist()]
+            self.store.write_users(model.version, _user_records(rows.filter(pa.array(mine)), model.d, cycle))
+        return True
+
+    def _follow_user_attributes(self, model: Model, before: dict[str, int]) -> None:
+        cycle = before.get(_CYCLE, 0)
+        for rows in self._changed_rows(USER_ATTRIBUTES, before.get(USER_ATTRIBUTES, -1)):
+            self._describe_users(model, rows, cycle)
+
+    def _read_attributes(self, before: dict[str, int]) -> bool:
+        """Attributes of inputs, for those that have no features yet and for showing."""
+        if INPUTS not in self._commits or self._commits[INPUTS] == before.get(INPUTS):
+            return False
+        for rows in self._changed_rows(INPUTS, before.get(INPUTS, -1)):
+            values = rows.drop_columns([INPUT_ID]).to_pylist()
+            self.store.write_attributes(zip(rows[INPUT_ID].to_pylist(), values, strict=True))
+        self.store.write_versions(inputs=self._commits[INPUTS])
+        return True
+
+    def _changed_rows(self, table: str, after: int) -> Iterator[pa.Table]:
+        try:
+            files = list(self._new_files(table, after, None)) if after >= 0 else None
+        except _Reload:
+            files = None
+        if files is None:
+            for batch in self.source.query(table, "select * from t", self._commits[table]):
+                yield pa.table(batch)
+            return
+        for file in files:
+            yield self.source.rows(table, file)
+
+    def _new_files(self, table: str, after: int, model_version: int | None) -> Iterator[AddedFile]:
+        """Files that came after a commit.
+
+        Raises:
+            _Reload: they do not tell all that changed.
+        """
+        try:
+            for commit in self.source.commits(table, after, self._commits[table]):
+                if commit.reload:
+                    raise _Reload
+                yield from (file for file in commit.files if file.model_version == model_version)
+        except Expired as error:
+            raise _Reload from error
+
+    # Events: where observations landed, and who acted on what.
+
+    def _read_events(self, after: int) -> bool:
+        through = self._commits.get(EVENTS, -1)
+        if through <= after:
+            return False
+        columns = [EVENT_ID, USER_ID, INPUT_ID, LABEL]
+        try:
+            for commit in self.source.commits(EVENTS, after, through):
+                tables = []
+                for file in commit.files:
+                    rows = self.source.rows(EVENTS, file, columns)
+                    self._land(rows[EVENT_ID].to_pylist(), (commit.version, file.index))
+                    tables.append(rows)
+                rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
+                self._write_events(rows, commit.version)
+        except Expired:
+            log.info("serve: the log of events begins later: reading the table")
+            self.store.forget_events()
+            for batch in self.source.query(EVENTS, f"select {', '.join(columns)} from t", through):
+                self._write_events(pa.table(batch), -1)
+            self._write_events(pa.table({name: [] for name in columns}), through)
+        self.store.write_popular(POPULAR)
+        return True
+
+    def _write_events(self, rows: pa.Table, version: int) -> None:
+        users = [digest(user) for user in rows[USER_ID].to_pylist()]
+        self.store.write_events(version, users, rows[INPUT_ID].to_pylist(), rows[LABEL].to_pylist())
+
+    def _land(self, events: list[str], place: tuple[int, int]) -> None:
+        waiting = self.overlay.every() if self.overlay.n_pending() else {}
+        mine = {pending.event.event_id: key for key, pending in waiting.items() if pending.landed is None}
+        landed = {}
+        for event in mine.keys() & set(events):
+            pending = waiting[mine[event]]
+            pending.landed, pending.look_up = place, False
+            landed[mine[event]] = pending
+        if landed:
+            self.overlay.write(landed)
+
+    # Observations that users contain.
+
+    def _asks(self) -> bool:
+        """Whether observations may be in users of whom that is not known yet."""
+        at = (self._commits.get(USERS, -1), self._commits.get(EVENTS, -1))
+        if not self.overlay.n_pending() or (self._answered == at and not self.overlay.has_look_ups()):
+            return False
+        self._answered = at
+        return True
+
+    def _coverage(self, model: Model) -> Coverage | None:
+        """What the users of this cycle contain; None where no observation asks for it."""
+        if not self.overlay.n_pending() or USERS not in self._commits:
+            return None
+        covered = coverage(self.source, model.version, model.events_version, self._commits[USERS])
+        self._look_up(covered)
+        return covered
+
+    def _look_up(self, covered: Coverage) -> None:
+        """Ids that the events table may have had before they were observed here."""
+        asked = {key: pending for key, pending in self.overlay.every().items() if pending.look_up}
+        through = self._commits.get(EVENTS, -1)
+        if not asked or through < 0:
+            return
+        ids = {pending.event.event_id for pending in asked.values()}
+        known = known_before(self.source, EVENTS, through, ids)
+        places = self._places(known, covered.place[0], through) if known else {}
+        changed = {}
+        for key, pending in asked.items():
+            pending.look_up = False
+            if pending.event.event_id in known:
+                pending.landed = places.get(pending.event.event_id, NOWHERE)
+            changed[key] = pending
+        self.overlay.write(changed)
+
+    def _places(self, events: set[str], first: int, through: int) -> dict[str, tuple[int, int]]:
+        """Where those of ``events`` are that came with the commits from ``first`` on."""
+        places = {}
+        for commit in self.source.commits(EVENTS, first - 1, through):
+            for file in commit.files:
+                for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
+                    if event in events:
+                        places[event] = (commit.version, file.index)
+        return places
+
+    def _mark(self, covered: Coverage, cycle: int, changed: set[bytes] | None) -> None:
+        """Mark the observations that the users contain.
+
+        Args:
+            cycle: with which the rows of users are about to be written.
+            changed: digests of the users that are; None: all. A user that is not has a row that contains the event already.
+        """
+        landed = {
+            key: pending
+            for key, pending in self.overlay.every().items()
+            if pending.landed is not None and covered.contains(pending.landed)
+        }
+        waiting = still_waiting(self.source, covered, {p.event.event_id for p in landed.values()}) if landed else set()
+        marked = {}
+        for key, pending in landed.items():
+            if pending.event.event_id not in waiting:
+                is_written = (changed is None or key[:DIGEST_BYTES] in changed) and pending.landed != NOWHERE
+                pending.covered = (covered.model_version, cycle if is_written else 0)
+                marked[key] = pending
+        if marked:
+            self.overlay.write(marked)
+
+    def _delete_covered(self) -> None:
+        """Observations whose user's row in the store contains them."""
+        if not self.overlay.n_pending():
+            return
+        pending, done = self.overlay.every(), []
+        with self.store.reading() as transaction:
+            live = self.store.live(transaction)
+            if live is None or time.time() - live.switched_at < GRACE_SECONDS:
+                return
+            for key, observation in pending.items():
+                if observation.covered is not None and observation.covered[0] == live.model_version:
+                    record = self.store.user(transaction, prefix(live.model_version), key[:DIGEST_BYTES])
+                    if is_covered(observation, live.model_version, record):
+                        done.append(key)
+        if done:
+            self.overlay.delete(done)
+            log.info("serve: %d observations are in their users' rows", len(done))
+
+    # Housekeeping.
+
+    def _begin_cycle(self, before: dict[str, int]) -> int:
+        """A number larger than any that a row or a mark has."""
+        before[_CYCLE] = before.get(_CYCLE, 0) + 1
+        self.store.write_versions(**{_CYCLE: before[_CYCLE]})
+        return before[_CYCLE]
+
+    def _clean(self, live: Live) -> None:
+        with self.store.reading() as transaction:
+            current = self.store.live(transaction)
+        self.store.delete_other_versions(current or live)
+
+    def _model_of(self, live: Live) -> Model:
+        if self._model is None or self._model.version != live.model_version:
+            with self.store.reading() as transaction:
+                row = self.store.model_row(transaction, live.model_version)
+            assert row is not None
+            self._model = model_of(row)
+        return self._model
+
+
+class _Reload(Exception):
+    """The table must be read whole."""
+
+
+def is_covered(pending: Pending, model_version: int, record: Any) -> bool:
+    """Whether a user's record contains the observation: the rule of :mod:`mtl.serving.overlay`."""
+    if pending.covered is None or pending.covered[0] != model_version:
+        return False
+    if record is None:
+        return pending.covered[1] == 0
+    return cycle_of(record) >= pending.covered[1]
+
+
+def _user_records(rows: pa.Table, d: int, cycle: int) -> Iterator[tuple[bytes, bytes]]:
+    if not rows.num_rows:
+        return iter(())
+    sums = np.concatenate(
+        [
+            matrix(rows[schema.A], gaussian.packed_length(d)),
+            matrix(rows[schema.B], d),
+            matrix(rows[schema.PRIOR_MEAN], d),
+        ],
+        axis=1,
+    )
+    users = (digest(user) for user in rows[USER_ID].to_pylist())
+    return zip(users, pack_users(cycle, rows[schema.N_EVENTS].to_pylist(), sums), strict=True)
+
+
+def _portable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the models table as the store keeps it: times as text."""
+    return {key: value.isoformat() if hasattr(value, "isoformat") else value for key, value in row.items()}

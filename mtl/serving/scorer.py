@@ -1,0 +1,121 @@
+"""Scores of many inputs for one user by two products, and the best of all inputs; pure NumPy.
+
+An input is one row [E[φφᵀ] packed | Cov(o, φ) | E[o] | Var[o]], whose first d entries are φ (φ₀ = 1); a user is two columns
+against it (:func:`coefficients`), so that a request gathers its rows once and multiplies once:
+
+    E[h] = o + w·φ        Var[h] = tr(E[wwᵀ] E[φφᵀ]) − (w·φ)² + Var[o] + 2 w·Cov(o, φ)        (:func:`mtl.working.belief`)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl import gaussian
+from mtl.features import Features
+from mtl.gaussian import Array
+from mtl.losses import Loss
+
+_GROUP = 1024  # inputs of which top-k looks at the largest score first
+
+
+class Weights(NamedTuple):
+    """What is believed of one user's weights, ready to score with."""
+
+    mean: Array  # E[w], (d,)
+    covariance: Array  # packed (d(d+1)/2,)
+    columns: Array  # (width, 2)
+    n_events: int
+
+
+def width(d: int) -> int:
+    return gaussian.packed_length(d) + d + 2
+
+
+def feature_rows(features: Features) -> Array:
+    """(n, width) of n inputs."""
+    with_offset = features.offset_phi - features.offset[:, None] * features.phi
+    return np.column_stack([features.second_moment, with_offset, features.offset, features.offset_variance])
+
+
+def features_of(rows: Array, d: int) -> Features:
+    """The way back from :func:`feature_rows`."""
+    length = gaussian.packed_length(d)
+    phi, offset = rows[:, :d], rows[:, -2]
+    offset_phi = rows[:, length : length + d] + offset[:, None] * phi
+    return Features(offset, phi, rows[:, :length], offset_phi, rows[:, -1])
+
+
+def top_columns(rows: Array, d: int) -> Array:
+    """(d, n) float32 of feature rows: o, φ_1 … φ_k, of which top-k takes inner products."""
+    columns = np.ascontiguousarray(rows[:, :d].T, np.float32)
+    columns[0] = rows[:, -2]
+    return columns
+
+
+def weights(mean: Array, covariance: Array, n_events: int) -> Weights:
+    """Of a Gaussian with mean (d,) and packed covariance."""
+    d = len(mean)
+    length = len(covariance)
+    columns = np.zeros((2, length + d + 2))
+    columns[0, :d] = mean
+    columns[0, -2] = 1.0
+    np.multiply(covariance + gaussian.outer(mean[None])[0], _twice(d), out=columns[1, :length])
+    np.multiply(mean, 2.0, out=columns[1, length : length + d])
+    columns[1, -1] = 1.0
+    return Weights(mean, covariance, columns.T, n_events)
+
+
+def belief(rows: Array, user: Weights) -> tuple[Array, Array]:
+    """Mean and variance of h of every row (n, width) for the user, (n,) each."""
+    products = rows @ user.columns
+    mean = products[:, 0]
+    known = mean - rows[:, -2]
+    return mean, np.maximum(products[:, 1] - known * known, 0.0)
+
+
+def score(rows: Array, user: Weights, loss: Loss, noise: float) -> tuple[Array, Array]:
+    """Prediction and standard deviation of a label about it, (n,) each, in label units."""
+    mean, variance = belief(rows, user)
+    return loss.response(mean, variance), loss.deviation(mean, variance, noise)
+
+
+def linear_scores(columns: Array, user: Weights) -> Array:
+    """E[h] of all inputs but for what they have in common, single precision (n,)."""
+    w = user.mean.astype(np.float32)
+    w[0] = 1.0
+    return w @ columns
+
+
+def largest(scores: Array, k: int) -> np.ndarray:
+    """Places of the min(k, n) largest finite entries of (n,), the best first.
+
+    The k best are in the k groups of the largest maxima, and only those are looked through (as :mod:`mtl.recommend`).
+    """
+    n = len(scores)
+    groups = n // _GROUP
+    if groups <= 2 * k:
+        places = np.arange(n)
+    else:
+        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(1)
+        best = np.argpartition(maxima, -k)[-k:]
+        places = (best[:, None] * _GROUP + np.arange(_GROUP)).ravel()
+        places = np.concatenate([places, np.arange(groups * _GROUP, n)])
+    values = scores[places]
+    if k < len(values):
+        chosen = np.argpartition(values, -k)[-k:]
+        places, values = places[chosen], values[chosen]
+    order = np.argsort(-values, kind="stable")
+    places = places[order]
+    return places[np.isfinite(values[order])]
+
+
+def _twice(d: int) -> Array:
+    if d not in _TWICE:
+        rows, columns = gaussian.triangle(d)
+        _TWICE[d] = np.where(rows == columns, 1.0, 2.0)
+    return _TWICE[d]
+
+
+_TWICE: dict[int, Array] = {}

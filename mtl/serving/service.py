@@ -1,0 +1,402 @@
+"""What one worker answers, apart from HTTP: a body in, a body out, or a :class:`mtl.serving.api.Problem`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from mtl import gaussian
+from mtl.config import ServeSettings
+from mtl.serving import api
+from mtl.serving.api import Problem
+from mtl.serving.observations import Event, Feedback
+from mtl.serving.observer import Observer
+from mtl.serving.overlay import Overlay
+from mtl.serving.records import digest
+from mtl.serving.scorer import Weights
+from mtl.serving.store import Store
+from mtl.serving.view import EncodingError, View, open_view
+
+log = logging.getLogger("mtl")
+
+MAX_ID = 1000  # characters
+MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
+_DEADLINE_MS = 30_000.0  # of a request that names none
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+Rescore = Callable[[str, list[str], list[float], list[float]], Sequence[float]]
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass
+class Service:
+    """The answers of one worker over one store."""
+
+    store: Store
+    overlay: Overlay
+    observer: Observer
+    settings: ServeSettings
+    rescore: Rescore | None = None
+    view: View | None = None
+    checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed
+
+    def look(self) -> None:
+        """Take over what the store shows now; called again and again."""
+        self.view = open_view(self.store, self.overlay, self.settings.users_cached, self.view)
+        self.checked_at = self.overlay.status().checked_at
+
+    # Predictions.
+
+    async def predict(self, body: bytes) -> bytes:
+        return _encode(await self._predict(_decode_predict(body)))
+
+    async def predict_batch(self, body: bytes) -> bytes:
+        request = _decode(_BATCH, body)
+        if len(request.requests) > self.settings.max_batch:
+            raise _too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
+        if sum(len(one.inputs) for one in request.requests) > self.settings.max_inputs * self.settings.max_batch:
+            raise Problem(413, "too_many", "too many inputs in all requests together")
+        ends = time.monotonic() + (request.deadline_ms or _DEADLINE_MS) / 1000
+        return _encode(api.BatchAnswer([await self._predict(one, ends) for one in request.requests]))
+
+    async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
+        given = request.inputs
+        if len(given) > self.settings.max_inputs:
+            raise _too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
+        view = self._shown()
+        user, user_known = self._weights(view, request.user, request.user_attributes)
+        rows = view.gather(given)
+        answer = api.PredictAnswer(
+            scores=[], model_version=view.version, staleness_s=self._staleness(), user_known=user_known
+        )
+        if rows is None:
+            rows = await self._evaluate(view, given, request.deadline_ms, ends, answer)
+        scores, stds = view.score(user, rows)
+        answer.scores = list(map(api.Score, given, scores.tolist(), stds.tolist()))
+        return answer
+
+    async def _evaluate(
+        self, view: View, given: Sequence[Any], deadline_ms: float | None, ends: float | None, answer: api.PredictAnswer
+    ) -> np.ndarray:
+        """Features of inputs of which some are to be computed: by the deadline, or those of an unknown input."""
+        limit = ends or time.monotonic() + (deadline_ms or _DEADLINE_MS) / 1000
+        inputs = [str(one) if isinstance(one, int) else one for one in given]
+        computing = asyncio.get_running_loop().run_in_executor(None, view.rows_of, inputs)
+        try:
+            found = await asyncio.wait_for(computing, max(0.0, limit - time.monotonic()))
+        except asyncio.TimeoutError:
+            found, answer.incomplete_inputs = view.rows_at_hand(inputs)
+        except EncodingError as error:
+            raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
+        answer.unknown_inputs = [one for one, known in zip(given, found.known, strict=True) if not known]
+        return found.rows
+
+    async def top(self, body: bytes) -> bytes:
+        return await self._top(_decode(_TOP, body))
+
+    async def top_by_query(self, query: Mapping[str, str]) -> bytes:
+        _allow(query, "user", "k", "exclude_seen", "where")
+        where = (
+            dict(part.split(":", 1) for part in query["where"].split(",") if ":" in part) if "where" in query else {}
+        )
+        request = api.TopRequest(
+            _text(query, "user"), self._k(query), exclude_seen=_flag(query, "exclude_seen"), where=dict(where)
+        )
+        return await self._top(request)
+
+    async def _top(self, request: api.TopRequest) -> bytes:
+        if not 1 <= request.k <= self.settings.max_k:
+            raise Problem(422, "bad_k", f"k = {request.k}: from 1 to {self.settings.max_k} (serve.max_k)")
+        view = self._shown()
+        user, known = self._weights(view, request.user, request.user_attributes)
+        work = asyncio.get_running_loop().run_in_executor
+        if request.candidates is not None:
+            if len(request.candidates) > self.settings.max_inputs:
+                raise _too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
+            chosen = await work(None, self._top_of_candidates, view, user, request)
+        elif request.where or request.exclude_seen or request.exclude or len(view.rows) > _INLINE:
+            chosen = await work(None, self._top_of_all, view, user, request)
+        else:
+            chosen = self._top_of_all(view, user, request)
+        return _encode(
+            api.TopAnswer(scores=chosen, model_version=view.version, staleness_s=self._staleness(), user_known=known)
+        )
+
+    def _top_of_all(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
+        excluded = view.excluded(
+            str(request.user) if request.exclude_seen else None, list(map(str, request.exclude)), request.where
+        )
+        # A few more than k: single precision and E[h] order almost as predictions do.
+        rows = view.best(user, request.k + _SLACK, excluded)
+        return self._ordered(view, user, request, view.ids(rows), view.rows.take(rows, 0))
+
+    def _top_of_candidates(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
+        assert request.candidates is not None
+        drop = set(map(str, request.exclude))
+        if request.exclude_seen:
+            drop |= set(view.ids(view.seen_rows(str(request.user))))
+        wanted = [
+            c for c in dict.fromkeys(map(str, request.candidates)) if c not in drop and view.has(c, request.where)
+        ]
+        return self._ordered(view, user, request, wanted, view.rows_of(wanted).rows) if wanted else []
+
+    def _ordered(
+        self, view: View, user: Weights, request: api.TopRequest, ids: list[str], rows: np.ndarray
+    ) -> list[api.Score]:
+        scores, stds = view.score(user, rows)
+        if self.rescore is not None:
+            scores = np.asarray(self.rescore(str(request.user), ids, scores.tolist(), stds.tolist()), float)
+        order = np.argsort(-scores, kind="stable")[: request.k]
+        return [api.Score(ids[i], float(scores[i]), float(stds[i])) for i in order]
+
+    # Learning.
+
+    async def observe(self, body: bytes) -> bytes:
+        request = _decode(_OBSERVE, body)
+        view = self._shown()
+        label, weight = request.label, request.weight
+        if not math.isfinite(label):
+            raise Problem(422, "bad_label", f"label {label}: a finite number is wanted")
+        if (reason := view.loss.refusal(label, label, label == math.floor(label))) is not None:
+            raise Problem(422, "bad_label", f"label {label}: a model of {view.loss.name} loss takes no {reason}")
+        if not (math.isfinite(weight) and weight > 0):
+            raise Problem(422, "bad_weight", f"weight {weight}: a finite number above 0 is wanted")
+        event = Event(
+            uuid.uuid4().hex if request.event_id is None else _checked("event_id", request.event_id),
+            _checked("user", request.user),
+            _checked("input", request.input),
+            label + 0.0,
+            weight,
+            _moment(request.event_time),
+        )
+        try:
+            is_new = await self.observer.add(event, look_up=request.event_id is not None)
+        except OSError as error:
+            raise Problem(503, "not_written", "the observation could not be put on disk", _RETRY) from error
+        return _encode(api.ObserveAnswer(event.event_id, not is_new))
+
+    async def feedback(self, body: bytes) -> bytes:
+        request = _decode(_FEEDBACK, body)
+        if not math.isfinite(request.reward):
+            raise Problem(422, "bad_reward", f"reward {request.reward}: a finite number is wanted")
+        row = Feedback(
+            _checked("decision_id", request.decision_id),
+            request.reward,
+            None if request.user is None else _checked("user", request.user),
+            None if request.input is None else _checked("input", request.input),
+            _moment(request.event_time),
+        )
+        try:
+            await self.observer.add(row, look_up=False)
+        except OSError as error:
+            raise Problem(503, "not_written", "the reward could not be put on disk", _RETRY) from error
+        return _encode(api.FeedbackAnswer(row.decision_id))
+
+    # Looking inside.
+
+    async def user(self, identity: str, query: Mapping[str, str]) -> bytes:
+        _allow(query, "input")
+        view, one = self._shown(), query.get("input")
+        found = view.weights_of(identity)
+        user = found or view.unknown_weights
+        d = view.d
+        covariance = gaussian.unpack(user.covariance[None], d)[0]
+        deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+        offset, features, score, std = None, [None] * d, None, None
+        if one is not None:
+            rows = view.rows_of([one]).rows
+            offset, features = float(rows[0, -2]), rows[0, :d].tolist()
+            score, std = (float(values[0]) for values in view.score(user, rows))
+        why = [
+            api.Contribution(name, float(w), float(s), phi, None if phi is None else float(w) * phi)
+            for name, w, s, phi in zip(view.basis, user.mean, deviations, features, strict=True)
+        ]
+        with self.overlay.reading() as transaction:
+            pending = len(self.overlay.pending(transaction, digest(identity)))
+        return _encode(
+            api.UserAnswer(
+                model_version=view.version,
+                staleness_s=self._staleness(),
+                user=identity,
+                known=found is not None,
+                n_events=user.n_events,
+                n_unconfirmed=pending,
+                weights=user.mean.tolist(),
+                covariance=covariance.tolist(),
+                input=one,
+                offset=offset,
+                why=why,
+                score=score,
+                std=std,
+            )
+        )
+
+    async def input(self, identity: str, query: Mapping[str, str]) -> bytes:
+        _allow(query)
+        view = self._shown()
+        rows, known = view.rows_of([identity])
+        d, row = view.d, rows[0]
+        spread = gaussian.unpack(row[None, : gaussian.packed_length(d)], d)[0] - np.outer(row[:d], row[:d])
+        with self.store.reading() as transaction:
+            attributes = self.store.attributes(transaction, identity)
+            n_events, total = self.store.count(transaction, identity)
+            has_features = view.row_of(identity, transaction) is not None
+        return _encode(
+            api.InputAnswer(
+                model_version=view.version,
+                staleness_s=self._staleness(),
+                input=identity,
+                known=known[0],
+                has_features=has_features,
+                offset=float(row[-2]),
+                offset_std=float(np.sqrt(max(row[-1], 0.0))),
+                features=row[:d].tolist(),
+                features_std=np.sqrt(np.maximum(np.diag(spread), 0.0)).tolist(),
+                attributes=attributes,
+                n_events=n_events,
+                mean_label=total / n_events if n_events else None,
+            )
+        )
+
+    async def similar(self, query: Mapping[str, str]) -> bytes:
+        _allow(query, "input", "k")
+        view, one = self._shown(), _text(query, "input")
+        near = await asyncio.get_running_loop().run_in_executor(None, view.near_inputs, one, self._k(query))
+        if near is None:
+            raise Problem(404, "unknown_input", f"input {one!r} has neither features nor attributes")
+        return _encode(
+            api.SimilarAnswer(
+                model_version=view.version,
+                staleness_s=self._staleness(),
+                of=one,
+                near=[api.Near(identity, distance) for identity, distance in near],
+            )
+        )
+
+    async def popular(self, query: Mapping[str, str]) -> bytes:
+        _allow(query, "k")
+        view, k = self._shown(), self._k(query)
+        with self.store.reading() as transaction:
+            most = self.store.popular(transaction)[:k]
+        inputs = [api.PopularInput(one.input, one.n_events, one.mean_label) for one in most]
+        return _encode(api.PopularAnswer(model_version=view.version, staleness_s=self._staleness(), inputs=inputs))
+
+    async def models(self, query: Mapping[str, str]) -> bytes:
+        _allow(query)
+        view = self._shown()
+        with self.store.reading() as transaction:
+            models = self.store.model_list(transaction)
+        return _encode(api.ModelsAnswer(view.version, models))
+
+    def ready(self) -> api.ReadyAnswer:
+        if self.view is None:
+            return api.ReadyAnswer(False, None, None, "no model version has been read from the tables yet")
+        return api.ReadyAnswer(True, self.view.version, self._staleness())
+
+    # Parts.
+
+    def _shown(self) -> View:
+        if self.view is None:
+            raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
+        return self.view
+
+    def _staleness(self) -> float:
+        return round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
+
+    def _weights(self, view: View, user: str | int, attributes: api.Attributes | None) -> tuple[Weights, bool]:
+        found = view.weights_of(user if isinstance(user, str) else str(user))
+        if found is not None:
+            return found, True
+        if attributes:
+            try:
+                return view.weights_of_described(attributes), False
+            except EncodingError as error:
+                raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
+        return view.unknown_weights, False
+
+    def _k(self, query: Mapping[str, str]) -> int:
+        text = query.get("k", "10")
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= self.settings.max_k):
+            raise Problem(
+                422, "bad_k", f"k = {text[:20]!r}: a whole number from 1 to {self.settings.max_k} (serve.max_k)"
+            )
+        return int(text)
+
+
+_INLINE = 200_000  # inputs of which the best are found without leaving the event loop
+_SLACK = 32  # candidates of top beyond k
+_RETRY = ((b"retry-after", b"1"),)
+_PREDICT, _BATCH, _TOP, _OBSERVE, _FEEDBACK = (
+    msgspec.json.Decoder(kind)
+    for kind in (api.PredictRequest, api.BatchRequest, api.TopRequest, api.ObserveRequest, api.FeedbackRequest)
+)
+
+
+def _decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise Problem(422, "bad_request", str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, "bad_json", f"the body is no JSON: {error}") from error
+
+
+def _decode_predict(body: bytes) -> api.PredictRequest:
+    return _decode(_PREDICT, body)
+
+
+def _too_many(what: str, n: int, limit: int, setting: str) -> Problem:
+    return Problem(413, "too_many", f"{n} {what}: at most {limit} ({setting})")
+
+
+def _checked(name: str, identity: str | int) -> str:
+    text = str(identity)
+    if not text.strip():
+        raise Problem(422, f"bad_{name}", f"{name} is empty")
+    if len(text) > MAX_ID:
+        raise Problem(422, f"bad_{name}", f"{name} has {len(text)} characters: at most {MAX_ID}")
+    return text
+
+
+def _moment(text: str | None) -> str:
+    if text is None:
+        return datetime.now(timezone.utc).isoformat()
+    try:
+        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.astimezone(timezone.utc).isoformat()
+    except (ValueError, OverflowError) as error:
+        raise Problem(
+            422, "bad_event_time", f"event_time {text[:40]!r}: ISO 8601 is wanted, such as 2026-01-31T12:00:00Z"
+        ) from error
+
+
+def _allow(query: Mapping[str, str], *names: str) -> None:
+    for name in query:
+        if name not in names:
+            there = ", ".join(names) or "none"
+            raise Problem(422, "bad_query", f"unknown parameter {name[:40]!r}; there are: {there}")
+
+
+def _text(query: Mapping[str, str], name: str) -> str:
+    if not query.get(name):
+        raise Problem(422, "bad_query", f"the parameter {name} is missing")
+    return query[name]
+
+
+def _flag(query: Mapping[str, str], name: str) -> bool:
+    value = query.get(name, "false")
+    if value not in ("true", "false"):
+        raise Problem(422, "bad_query", f"{name} = {value[:20]!r}: true or false")
+    return value == "true"

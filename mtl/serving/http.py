@@ -45,7 +45,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        status, headers = 200, ()
+        status = 200
+        headers: tuple[tuple[bytes, bytes], ...] = ()
         try:
             message = await receive()
             body = message.get("body", b"")

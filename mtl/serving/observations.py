@@ -12,8 +12,10 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -119,28 +121,28 @@ def recover(folder: Path, keep: Callable[[list[bytes]], object]) -> int:
     """Seal the segments whose workers died, after ``keep`` has taken their lines; how many there were."""
     found = 0
     for path in sorted(folder.glob(f"{_OPEN}*{_ENDING}")):
-        try:
-            file = open(path, "r+b")
-        except FileNotFoundError:
-            continue
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue  # its worker lives
-            if not path.exists():
-                continue  # another process has just sealed it
-            text = file.read()
-            whole = text.rfind(b"\n") + 1
-            file.truncate(whole)
-            os.fsync(file.fileno())
-            found += 1
-            if whole:
-                keep(text[:whole].split(b"\n")[:-1])
-                _rename(path)
-            else:
-                path.unlink()
+        with suppress(FileNotFoundError), open(path, "r+b") as file:
+            found += _recover_one(path, file, keep)
     return found
+
+
+def _recover_one(path: Path, file: BinaryIO, keep: Callable[[list[bytes]], object]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # its worker lives
+    if not path.exists():
+        return False  # another process has just sealed it
+    text = file.read()
+    whole = text.rfind(b"\n") + 1
+    file.truncate(whole)
+    os.fsync(file.fileno())
+    if whole:
+        keep(text[:whole].split(b"\n")[:-1])
+        _rename(path)
+    else:
+        path.unlink()
+    return True
 
 
 def sealed(folder: Path) -> list[Path]:

@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgspec
 
 from mtl.errors import StateError
 from mtl.serving.observations import Event
-from mtl.serving.records import DIGEST_BYTES, digest
+from mtl.serving.records import DIGEST_BYTES, cycle_of, digest
 
 _SIZE = 8 << 30  # of address space
 _TABLES = (b"meta", b"events", b"revisions", b"ids")
@@ -217,6 +218,15 @@ def open_overlay(folder: str | Path, log_events: Iterable[Event]) -> Overlay:
     overlay.insert(part)
     overlay.set_boot(boot)
     return overlay
+
+
+def is_covered(pending: Pending, model_version: int, record: Any) -> bool:
+    """Whether a user's record contains the observation: the rule above."""
+    if pending.covered is None or pending.covered[0] != model_version:
+        return False
+    if record is None:
+        return pending.covered[1] == 0
+    return cycle_of(record) >= pending.covered[1]
 
 
 def boot_id() -> str:

@@ -22,17 +22,16 @@ from mtl.features import from_rows
 from mtl.model import Model, model_of
 from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, MODELS, USER_ATTRIBUTES, USER_ID, USERS
 from mtl.serving import scorer
-from mtl.serving.coverage import Coverage, coverage, known_before, still_waiting
-from mtl.serving.overlay import Overlay, Pending, Status
-from mtl.serving.records import DIGEST_BYTES, cycle_of, digest, is_described_only, pack_described, pack_users
+from mtl.serving.coverage import Coverage
+from mtl.serving.overlay import Overlay, Status
+from mtl.serving.records import cycle_of, digest, is_described_only, pack_described, pack_users
 from mtl.serving.source import AddedFile, Expired, Source
 from mtl.serving.store import Live, Store, new_feature_files, prefix, write_features
+from mtl.serving.takeover import GRACE_SECONDS, Takeover
 
 log = logging.getLogger("mtl")
 
 POPULAR = 1000  # inputs kept as the most frequent
-GRACE_SECONDS = 15.0  # after a switch, until no worker reads the version before
-NOWHERE = (-1, -1)  # where an id is that the events table had before it was observed here
 _CYCLE = "cycle"
 _USER_COLUMNS = (USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
 _TOLD = (
@@ -56,9 +55,12 @@ class Refresher:
     source: Source
     store: Store
     overlay: Overlay
+    takeover: Takeover = field(init=False)
     _model: Model | None = None
     _commits: dict[str, int] = field(default_factory=dict)  # of the cycle in hand
-    _answered: tuple[int, int] | None = None  # commits of users and events at the last question of what users contain
+
+    def __post_init__(self) -> None:
+        self.takeover = Takeover(self.source, self.store, self.overlay)
 
     def refresh(self) -> bool:
         """One cycle; whether anything that is shown changed.
@@ -70,7 +72,7 @@ class Refresher:
         try:
             changed = self._cycle()
         except BaseException:
-            self._answered = None
+            self.takeover.forget()
             raise
         self.overlay.tell(Status(checked_at=started))
         return changed
@@ -95,7 +97,7 @@ class Refresher:
             changed = True
         elif live is not None:
             changed |= self._follow(live, before)
-        self._delete_covered()
+        self.takeover.delete_covered()
         return changed
 
     # The live version.
@@ -125,8 +127,8 @@ class Refresher:
         self.store.write_model(version, _portable(row))
         live = self._load_features(model)
         self._load_users(model, cycle)
-        if (covered := self._coverage(model)) is not None:
-            self._mark(covered, cycle, None)
+        if (covered := self.takeover.coverage(model, self._commits[USERS], self._commits.get(EVENTS, -1))) is not None:
+            self.takeover.mark(covered, cycle, None)
         commits = {name: self._commits[name] for name in (MODELS, USERS, FEATURES) if name in self._commits}
         self.store.write_live(replace(live, switched_at=time.time()), **commits)
         self._model = model
@@ -186,20 +188,21 @@ class Refresher:
 
     def _follow(self, live: Live, before: dict[str, int]) -> bool:
         """Bring the version that is shown up to the tables."""
-        version, commits = live.model_version, self._commits
+        commits = self._commits
         moved = {table: commits.get(table, -1) for table in (USERS, FEATURES, MODELS, USER_ATTRIBUTES)}
         moved = {table: commit for table, commit in moved.items() if commit != before.get(table, -1)}
-        asks = self._asks()
+        users, events = commits.get(USERS, -1), commits.get(EVENTS, -1)
+        asks = self.takeover.asks(users, events)
         if not moved and not asks:
             return False
         model, changed = self._model_of(live), False
         if FEATURES in moved:
             changed |= self._follow_features(live, before.get(FEATURES, -1))
-        covered = self._coverage(model) if asks or USERS in moved else None
+        covered = self.takeover.coverage(model, users, events) if asks or USERS in moved else None
         if USERS in moved:
             changed |= self._follow_users(model, before, covered)
         elif covered is not None:
-            self._mark(covered, 0, set())
+            self.takeover.mark(covered, 0, set())
         if USER_ATTRIBUTES in moved:
             self._follow_user_attributes(model, before)
         if moved:
@@ -233,7 +236,7 @@ class Refresher:
             log.info("serve: the users table was rewritten: reading it anew")
             cycle = self._begin_cycle(before)
             if covered is not None:
-                self._mark(covered, cycle, None)
+                self.takeover.mark(covered, cycle, None)
             self._load_users(model, cycle)
             return True
         if not files:
@@ -243,7 +246,7 @@ class Refresher:
         for number, file in enumerate(files):
             newest.update(dict.fromkeys(self.source.rows(USERS, file, [USER_ID])[USER_ID].to_pylist(), number))
         if covered is not None:
-            self._mark(covered, cycle, {digest(user) for user in newest})
+            self.takeover.mark(covered, cycle, {digest(user) for user in newest})
         for number, file in enumerate(files):
             rows = self.source.rows(USERS, file, _USER_COLUMNS)
             mine = [newest[user] == number for user in rows[USER_ID].to_pylist()]
@@ -298,12 +301,13 @@ class Refresher:
         if through <= after:
             return False
         columns = [EVENT_ID, USER_ID, INPUT_ID, LABEL]
+        waiting = self.takeover.not_landed()
         try:
             for commit in self.source.commits(EVENTS, after, through):
                 tables = []
                 for file in commit.files:
                     rows = self.source.rows(EVENTS, file, columns)
-                    self._land(rows[EVENT_ID].to_pylist(), (commit.version, file.index))
+                    self.takeover.land(waiting, rows[EVENT_ID].to_pylist(), (commit.version, file.index))
                     tables.append(rows)
                 rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
                 self._write_events(rows, commit.version)
@@ -319,102 +323,6 @@ class Refresher:
     def _write_events(self, rows: pa.Table, version: int) -> None:
         users = [digest(user) for user in rows[USER_ID].to_pylist()]
         self.store.write_events(version, users, rows[INPUT_ID].to_pylist(), rows[LABEL].to_pylist())
-
-    def _land(self, events: list[str], place: tuple[int, int]) -> None:
-        waiting = self.overlay.every() if self.overlay.n_pending() else {}
-        mine = {pending.event.event_id: key for key, pending in waiting.items() if pending.landed is None}
-        landed = {}
-        for event in mine.keys() & set(events):
-            pending = waiting[mine[event]]
-            pending.landed, pending.look_up = place, False
-            landed[mine[event]] = pending
-        if landed:
-            self.overlay.write(landed)
-
-    # Observations that users contain.
-
-    def _asks(self) -> bool:
-        """Whether observations may be in users of whom that is not known yet."""
-        at = (self._commits.get(USERS, -1), self._commits.get(EVENTS, -1))
-        if not self.overlay.n_pending() or (self._answered == at and not self.overlay.has_look_ups()):
-            return False
-        self._answered = at
-        return True
-
-    def _coverage(self, model: Model) -> Coverage | None:
-        """What the users of this cycle contain; None where no observation asks for it."""
-        if not self.overlay.n_pending() or USERS not in self._commits:
-            return None
-        covered = coverage(self.source, model.version, model.events_version, self._commits[USERS])
-        self._look_up(covered)
-        return covered
-
-    def _look_up(self, covered: Coverage) -> None:
-        """Ids that the events table may have had before they were observed here."""
-        asked = {key: pending for key, pending in self.overlay.every().items() if pending.look_up}
-        through = self._commits.get(EVENTS, -1)
-        if not asked or through < 0:
-            return
-        ids = {pending.event.event_id for pending in asked.values()}
-        known = known_before(self.source, EVENTS, through, ids)
-        places = self._places(known, covered.place[0], through) if known else {}
-        changed = {}
-        for key, pending in asked.items():
-            pending.look_up = False
-            if pending.event.event_id in known:
-                pending.landed = places.get(pending.event.event_id, NOWHERE)
-            changed[key] = pending
-        self.overlay.write(changed)
-
-    def _places(self, events: set[str], first: int, through: int) -> dict[str, tuple[int, int]]:
-        """Where those of ``events`` are that came with the commits from ``first`` on."""
-        places = {}
-        for commit in self.source.commits(EVENTS, first - 1, through):
-            for file in commit.files:
-                for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
-                    if event in events:
-                        places[event] = (commit.version, file.index)
-        return places
-
-    def _mark(self, covered: Coverage, cycle: int, changed: set[bytes] | None) -> None:
-        """Mark the observations that the users contain.
-
-        Args:
-            cycle: with which the rows of users are about to be written.
-            changed: digests of the users that are; None: all. A user that is not has a row that contains the event already.
-        """
-        landed = {
-            key: pending
-            for key, pending in self.overlay.every().items()
-            if pending.landed is not None and covered.contains(pending.landed)
-        }
-        waiting = still_waiting(self.source, covered, {p.event.event_id for p in landed.values()}) if landed else set()
-        marked = {}
-        for key, pending in landed.items():
-            if pending.event.event_id not in waiting:
-                is_written = (changed is None or key[:DIGEST_BYTES] in changed) and pending.landed != NOWHERE
-                pending.covered = (covered.model_version, cycle if is_written else 0)
-                marked[key] = pending
-        if marked:
-            self.overlay.write(marked)
-
-    def _delete_covered(self) -> None:
-        """Observations whose user's row in the store contains them."""
-        if not self.overlay.n_pending():
-            return
-        pending, done = self.overlay.every(), []
-        with self.store.reading() as transaction:
-            live = self.store.live(transaction)
-            if live is None or time.time() - live.switched_at < GRACE_SECONDS:
-                return
-            for key, observation in pending.items():
-                if observation.covered is not None and observation.covered[0] == live.model_version:
-                    record = self.store.user(transaction, prefix(live.model_version), key[:DIGEST_BYTES])
-                    if is_covered(observation, live.model_version, record):
-                        done.append(key)
-        if done:
-            self.overlay.delete(done)
-            log.info("serve: %d observations are in their users' rows", len(done))
 
     # Housekeeping.
 
@@ -440,15 +348,6 @@ class Refresher:
 
 class _Reload(Exception):
     """The table must be read whole."""
-
-
-def is_covered(pending: Pending, model_version: int, record: Any) -> bool:
-    """Whether a user's record contains the observation: the rule of :mod:`mtl.serving.overlay`."""
-    if pending.covered is None or pending.covered[0] != model_version:
-        return False
-    if record is None:
-        return pending.covered[1] == 0
-    return cycle_of(record) >= pending.covered[1]
 
 
 def _user_records(rows: pa.Table, d: int, cycle: int) -> Iterator[tuple[bytes, bytes]]:

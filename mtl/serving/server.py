@@ -119,18 +119,18 @@ class Supervisor:
                 pipes = {self._processes[name][1]: name for name in starting}
                 for ready in wait([*sentinels, *pipes, wake]):
                     if ready in pipes and ready not in sentinels:
-                        name = pipes[ready]  # type: ignore[index]
+                        name = pipes[ready]
                         if _said(ready):
                             starting.discard(name)
                             if not starting:
                                 self._tell(workers)
                     elif ready in sentinels and not self._stopped:
-                        self._restart(sentinels[ready], work)  # type: ignore[index]
+                        self._restart(sentinels[ready], work)
         finally:
             self._end()
 
     def _start(self, name: str, target: Callable[..., None]) -> None:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         told, tell = context.Pipe(duplex=False)
         arguments = (self.settings, self.folders, self.listener, tell, os.getpid())
         process = context.Process(target=target, args=arguments, name=name, daemon=True)
@@ -169,7 +169,7 @@ class Supervisor:
 
 def run_worker(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
     """Answer requests until SIGTERM, or until the supervisor is gone."""
-    asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())  # type: ignore[call-arg]
+    asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())
 
 
 async def _work(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,17 +21,33 @@ from mtl.serving.observations import Event, Feedback
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay
 from mtl.serving.records import digest
+from mtl.serving.requests import (
+    BATCH,
+    FEEDBACK,
+    OBSERVE,
+    PREDICT,
+    TOP,
+    allow,
+    check_event,
+    checked_k,
+    decode,
+    finite,
+    flag_of,
+    identity_of,
+    k_of,
+    moment_of,
+    text_of,
+    too_many,
+)
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
 from mtl.serving.view import EncodingError, View, open_view
 
 log = logging.getLogger("mtl")
 
-MAX_ID = 1000  # characters
 MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
 _DEADLINE_MS = 30_000.0  # of a request that names none
 
-Body = TypeVar("Body", bound=msgspec.Struct)
 Rescore = Callable[[str, list[str], list[float], list[float]], Sequence[float]]
 
 _encode = msgspec.json.Encoder().encode
@@ -59,12 +73,12 @@ class Service:
     # Predictions.
 
     async def predict(self, body: bytes) -> bytes:
-        return _encode(await self._predict(_decode_predict(body)))
+        return _encode(await self._predict(decode(PREDICT, body)))
 
     async def predict_batch(self, body: bytes) -> bytes:
-        request = _decode(_BATCH, body)
+        request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
-            raise _too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
+            raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
         if sum(len(one.inputs) for one in request.requests) > self.settings.max_inputs * self.settings.max_batch:
             raise Problem(413, "too_many", "too many inputs in all requests together")
         ends = time.monotonic() + (request.deadline_ms or _DEADLINE_MS) / 1000
@@ -73,7 +87,7 @@ class Service:
     async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
         given = request.inputs
         if len(given) > self.settings.max_inputs:
-            raise _too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
+            raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
         view = self._shown()
         user, user_known = self._weights(view, request.user, request.user_attributes)
         rows = view.gather(given)
@@ -103,27 +117,29 @@ class Service:
         return found.rows
 
     async def top(self, body: bytes) -> bytes:
-        return await self._top(_decode(_TOP, body))
+        return await self._top(decode(TOP, body))
 
     async def top_by_query(self, query: Mapping[str, str]) -> bytes:
-        _allow(query, "user", "k", "exclude_seen", "where")
+        allow(query, "user", "k", "exclude_seen", "where")
         where = (
             dict(part.split(":", 1) for part in query["where"].split(",") if ":" in part) if "where" in query else {}
         )
         request = api.TopRequest(
-            _text(query, "user"), self._k(query), exclude_seen=_flag(query, "exclude_seen"), where=dict(where)
+            text_of(query, "user"),
+            k_of(query, self.settings.max_k),
+            exclude_seen=flag_of(query, "exclude_seen"),
+            where=dict(where),
         )
         return await self._top(request)
 
     async def _top(self, request: api.TopRequest) -> bytes:
-        if not 1 <= request.k <= self.settings.max_k:
-            raise Problem(422, "bad_k", f"k = {request.k}: from 1 to {self.settings.max_k} (serve.max_k)")
+        checked_k(request.k, self.settings.max_k)
         view = self._shown()
         user, known = self._weights(view, request.user, request.user_attributes)
         work = asyncio.get_running_loop().run_in_executor
         if request.candidates is not None:
             if len(request.candidates) > self.settings.max_inputs:
-                raise _too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
+                raise too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
             chosen = await work(None, self._top_of_candidates, view, user, request)
         elif request.where or request.exclude_seen or request.exclude or len(view.rows) > _INLINE:
             chosen = await work(None, self._top_of_all, view, user, request)
@@ -163,22 +179,16 @@ class Service:
     # Learning.
 
     async def observe(self, body: bytes) -> bytes:
-        request = _decode(_OBSERVE, body)
+        request = decode(OBSERVE, body)
         view = self._shown()
-        label, weight = request.label, request.weight
-        if not math.isfinite(label):
-            raise Problem(422, "bad_label", f"label {label}: a finite number is wanted")
-        if (reason := view.loss.refusal(label, label, label == math.floor(label))) is not None:
-            raise Problem(422, "bad_label", f"label {label}: a model of {view.loss.name} loss takes no {reason}")
-        if not (math.isfinite(weight) and weight > 0):
-            raise Problem(422, "bad_weight", f"weight {weight}: a finite number above 0 is wanted")
+        check_event(request, view.loss)
         event = Event(
-            uuid.uuid4().hex if request.event_id is None else _checked("event_id", request.event_id),
-            _checked("user", request.user),
-            _checked("input", request.input),
-            label + 0.0,
-            weight,
-            _moment(request.event_time),
+            uuid.uuid4().hex if request.event_id is None else identity_of("event_id", request.event_id),
+            identity_of("user", request.user),
+            identity_of("input", request.input),
+            request.label + 0.0,
+            request.weight,
+            moment_of(request.event_time),
         )
         try:
             is_new = await self.observer.add(event, look_up=request.event_id is not None)
@@ -187,15 +197,13 @@ class Service:
         return _encode(api.ObserveAnswer(event.event_id, not is_new))
 
     async def feedback(self, body: bytes) -> bytes:
-        request = _decode(_FEEDBACK, body)
-        if not math.isfinite(request.reward):
-            raise Problem(422, "bad_reward", f"reward {request.reward}: a finite number is wanted")
+        request = decode(FEEDBACK, body)
         row = Feedback(
-            _checked("decision_id", request.decision_id),
-            request.reward,
-            None if request.user is None else _checked("user", request.user),
-            None if request.input is None else _checked("input", request.input),
-            _moment(request.event_time),
+            identity_of("decision_id", request.decision_id),
+            finite("reward", request.reward),
+            None if request.user is None else identity_of("user", request.user),
+            None if request.input is None else identity_of("input", request.input),
+            moment_of(request.event_time),
         )
         try:
             await self.observer.add(row, look_up=False)
@@ -206,7 +214,7 @@ class Service:
     # Looking inside.
 
     async def user(self, identity: str, query: Mapping[str, str]) -> bytes:
-        _allow(query, "input")
+        allow(query, "input")
         view, one = self._shown(), query.get("input")
         found = view.weights_of(identity)
         user = found or view.unknown_weights
@@ -243,7 +251,7 @@ class Service:
         )
 
     async def input(self, identity: str, query: Mapping[str, str]) -> bytes:
-        _allow(query)
+        allow(query)
         view = self._shown()
         rows, known = view.rows_of([identity])
         d, row = view.d, rows[0]
@@ -270,9 +278,11 @@ class Service:
         )
 
     async def similar(self, query: Mapping[str, str]) -> bytes:
-        _allow(query, "input", "k")
-        view, one = self._shown(), _text(query, "input")
-        near = await asyncio.get_running_loop().run_in_executor(None, view.near_inputs, one, self._k(query))
+        allow(query, "input", "k")
+        view, one = self._shown(), text_of(query, "input")
+        near = await asyncio.get_running_loop().run_in_executor(
+            None, view.near_inputs, one, k_of(query, self.settings.max_k)
+        )
         if near is None:
             raise Problem(404, "unknown_input", f"input {one!r} has neither features nor attributes")
         return _encode(
@@ -285,15 +295,15 @@ class Service:
         )
 
     async def popular(self, query: Mapping[str, str]) -> bytes:
-        _allow(query, "k")
-        view, k = self._shown(), self._k(query)
+        allow(query, "k")
+        view, k = self._shown(), k_of(query, self.settings.max_k)
         with self.store.reading() as transaction:
             most = self.store.popular(transaction)[:k]
         inputs = [api.PopularInput(one.input, one.n_events, one.mean_label) for one in most]
         return _encode(api.PopularAnswer(model_version=view.version, staleness_s=self._staleness(), inputs=inputs))
 
     async def models(self, query: Mapping[str, str]) -> bytes:
-        _allow(query)
+        allow(query)
         view = self._shown()
         with self.store.reading() as transaction:
             models = self.store.model_list(transaction)
@@ -325,78 +335,7 @@ class Service:
                 raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
         return view.unknown_weights, False
 
-    def _k(self, query: Mapping[str, str]) -> int:
-        text = query.get("k", "10")
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= self.settings.max_k):
-            raise Problem(
-                422, "bad_k", f"k = {text[:20]!r}: a whole number from 1 to {self.settings.max_k} (serve.max_k)"
-            )
-        return int(text)
-
 
 _INLINE = 200_000  # inputs of which the best are found without leaving the event loop
 _SLACK = 32  # candidates of top beyond k
 _RETRY = ((b"retry-after", b"1"),)
-_PREDICT, _BATCH, _TOP, _OBSERVE, _FEEDBACK = (
-    msgspec.json.Decoder(kind)
-    for kind in (api.PredictRequest, api.BatchRequest, api.TopRequest, api.ObserveRequest, api.FeedbackRequest)
-)
-
-
-def _decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise Problem(422, "bad_request", str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem(400, "bad_json", f"the body is no JSON: {error}") from error
-
-
-def _decode_predict(body: bytes) -> api.PredictRequest:
-    return _decode(_PREDICT, body)
-
-
-def _too_many(what: str, n: int, limit: int, setting: str) -> Problem:
-    return Problem(413, "too_many", f"{n} {what}: at most {limit} ({setting})")
-
-
-def _checked(name: str, identity: str | int) -> str:
-    text = str(identity)
-    if not text.strip():
-        raise Problem(422, f"bad_{name}", f"{name} is empty")
-    if len(text) > MAX_ID:
-        raise Problem(422, f"bad_{name}", f"{name} has {len(text)} characters: at most {MAX_ID}")
-    return text
-
-
-def _moment(text: str | None) -> str:
-    if text is None:
-        return datetime.now(timezone.utc).isoformat()
-    try:
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        return moment.astimezone(timezone.utc).isoformat()
-    except (ValueError, OverflowError) as error:
-        raise Problem(
-            422, "bad_event_time", f"event_time {text[:40]!r}: ISO 8601 is wanted, such as 2026-01-31T12:00:00Z"
-        ) from error
-
-
-def _allow(query: Mapping[str, str], *names: str) -> None:
-    for name in query:
-        if name not in names:
-            there = ", ".join(names) or "none"
-            raise Problem(422, "bad_query", f"unknown parameter {name[:40]!r}; there are: {there}")
-
-
-def _text(query: Mapping[str, str], name: str) -> str:
-    if not query.get(name):
-        raise Problem(422, "bad_query", f"the parameter {name} is missing")
-    return query[name]
-
-
-def _flag(query: Mapping[str, str], name: str) -> bool:
-    value = query.get(name, "false")
-    if value not in ("true", "false"):
-        raise Problem(422, "bad_query", f"{name} = {value[:20]!r}: true or false")
-    return value == "true"

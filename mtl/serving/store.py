@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import msgspec
@@ -70,7 +70,12 @@ class Store:
                 lock=True,
                 readahead=False,
             )
-            self._db = {name: self.environment.open_db(name, create=not readonly, **_flags(name)) for name in _TABLES}
+            self._db = {
+                name: self.environment.open_db(
+                    name, create=not readonly, dupsort=name == b"seen", dupfixed=name == b"seen"
+                )
+                for name in _TABLES
+            }
         except lmdb.Error as error:
             raise StateError(
                 f"{self.folder} is no store of this server: {error}; delete it, it is made from the tables"
@@ -101,7 +106,8 @@ class Store:
 
     def input_ids(self, transaction: lmdb.Transaction, generation: bytes, rows: Iterable[int]) -> list[str]:
         table = self._db[b"ids"]
-        return [str(transaction.get(generation + int(row).to_bytes(4, "big"), db=table), "utf-8") for row in rows]
+        keys = (generation + int(row).to_bytes(4, "big") for row in rows)
+        return [str(cast(bytes, transaction.get(key, db=table)), "utf-8") for key in keys]
 
     def attributes(self, transaction: lmdb.Transaction, input_id: str) -> dict[str, Any] | None:
         value = transaction.get(digest(input_id), db=self._db[b"attributes"])
@@ -305,10 +311,6 @@ def read_features(folder: Path, live: Live, width: int) -> tuple[Array, Array]:
 
 def _opened(path: Path) -> Any:
     return open(path, "r+b" if path.exists() else "w+b")
-
-
-def _flags(name: bytes) -> dict[str, bool]:
-    return {"dupsort": True, "dupfixed": True} if name == b"seen" else {}
 
 
 def _parts(records: Iterable[Any]) -> Iterator[list[Any]]:

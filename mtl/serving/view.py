@@ -21,9 +21,8 @@ from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.model import Model, model_of
 from mtl.serving import scorer
-from mtl.serving.overlay import Overlay, Pending
+from mtl.serving.overlay import Overlay, Pending, is_covered
 from mtl.serving.records import UserRow, cycle_of, digest, prefix, unpack_user
-from mtl.serving.refresh import is_covered
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
@@ -72,8 +71,9 @@ class View:
         except (KeyError, TypeError):  # one that was not asked for before, or attributes
             pass
         with self.store.reading() as transaction:
-            rows = [None if isinstance(i, dict) else self.row_of(str(i), transaction) for i in inputs]
-        return None if None in rows else self.rows.take(rows, 0)
+            found = (None if isinstance(i, dict) else self.row_of(str(i), transaction) for i in inputs)
+            rows = [row for row in found if row is not None]
+        return self.rows.take(rows, 0) if len(rows) == len(inputs) else None
 
     def rows_of(self, inputs: Sequence[str | Attributes]) -> Inputs:
         """Features of inputs, given by ids or by attributes, computed where there are none.

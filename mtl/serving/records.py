@@ -1,4 +1,4 @@
-"""Bytes of what the stores hold: users' sums as packed rows of float64, the rest as MessagePack."""
+"""Bytes of what the stores hold of users, and the keys by which they are found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtl import gaussian
 from mtl.gaussian import Array
 
 _HEADER = struct.Struct("<qq")  # cycle, number of events
@@ -18,13 +17,12 @@ DIGEST_BYTES = 16
 
 
 class UserRow(NamedTuple):
-    """One user's sums as the tables had them."""
+    """What the tables had of one user, ready to score with."""
 
     cycle: int  # of the refresher, when it wrote the row
     n_events: int
-    a: Array  # packed (d(d+1)/2,)
-    b: Array  # (d,)
-    prior_mean: Array  # (d,)
+    mean: Array  # E[w], (d,)
+    second: Array  # E[wwᵀ], packed, entries beside the diagonal doubled (d(d+1)/2,)
 
 
 def digest(identity: str) -> bytes:
@@ -37,29 +35,23 @@ def prefix(model_version: int) -> bytes:
     return _PREFIX.pack(model_version)
 
 
-def pack_user(cycle: int, n_events: int, a: Array, b: Array, prior_mean: Array) -> bytes:
-    return _HEADER.pack(cycle, n_events) + np.concatenate([a, b, prior_mean]).tobytes()
-
-
-def pack_users(cycle: int, n_events: Iterable[int], sums: Array) -> Iterator[bytes]:
-    """Records of users from rows [a | b | prior_mean]."""
-    width, data = sums.shape[1] * 8, np.ascontiguousarray(sums).tobytes()
+def pack_users(cycle: int, n_events: Iterable[int], users: Array) -> Iterator[bytes]:
+    """Records of users from rows [mean | second]."""
+    width, data = users.shape[1] * 8, np.ascontiguousarray(users).tobytes()
     for i, n in enumerate(n_events):
         yield _HEADER.pack(cycle, n) + data[i * width : (i + 1) * width]
 
 
 def pack_described(cycle: int, prior_mean: Array) -> bytes:
-    """A user of whom only attributes are known."""
+    """A user of whom only attributes are known: the covariance is that of all such users."""
     return _HEADER.pack(cycle, 0) + prior_mean.tobytes()
 
 
 def unpack_user(record: bytes | memoryview, d: int) -> UserRow:
+    """:func:`is_described_only` tells of a record that has no second moments, here empty."""
     cycle, n_events = _HEADER.unpack_from(record)
     values = np.frombuffer(record, np.float64, offset=_HEADER.size)
-    length = gaussian.packed_length(d)
-    if len(values) == d:
-        return UserRow(cycle, n_events, np.zeros(length), np.zeros(d), values)
-    return UserRow(cycle, n_events, values[:length], values[length : length + d], values[length + d :])
+    return UserRow(cycle, n_events, values[:d], values[d:])
 
 
 def is_described_only(record: bytes | memoryview, d: int) -> bool:

@@ -160,7 +160,7 @@ class Refresher:
         columns = ", ".join(f'"{name}"' for name in _USER_COLUMNS)
         sql = f"select {columns} from t where {schema.MODEL_VERSION} = {model.version}"
         for batch in self.source.query(USERS, sql, self._commits[USERS]):
-            self.store.write_users(model.version, _user_records(pa.table(batch), model.d, cycle))
+            self.store.write_users(model.version, _user_records(pa.table(batch), model, cycle))
         if USER_ATTRIBUTES in self._commits:
             for batch in self.source.query(USER_ATTRIBUTES, "select * from t", self._commits[USER_ATTRIBUTES]):
                 self._describe_users(model, pa.table(batch), cycle, whole=True)
@@ -250,7 +250,7 @@ class Refresher:
         for number, file in enumerate(files):
             rows = self.source.rows(USERS, file, _USER_COLUMNS)
             mine = [newest[user] == number for user in rows[USER_ID].to_pylist()]
-            self.store.write_users(model.version, _user_records(rows.filter(pa.array(mine)), model.d, cycle))
+            self.store.write_users(model.version, _user_records(rows.filter(pa.array(mine)), model, cycle))
         return True
 
     def _follow_user_attributes(self, model: Model, before: dict[str, int]) -> None:
@@ -350,19 +350,19 @@ class _Reload(Exception):
     """The table must be read whole."""
 
 
-def _user_records(rows: pa.Table, d: int, cycle: int) -> Iterator[tuple[bytes, bytes]]:
-    if not rows.num_rows:
-        return iter(())
-    sums = np.concatenate(
-        [
-            matrix(rows[schema.A], gaussian.packed_length(d)),
-            matrix(rows[schema.B], d),
-            matrix(rows[schema.PRIOR_MEAN], d),
-        ],
-        axis=1,
-    )
-    users = (digest(user) for user in rows[USER_ID].to_pylist())
-    return zip(users, pack_users(cycle, rows[schema.N_EVENTS].to_pylist(), sums), strict=True)
+def _user_records(rows: pa.Table, model: Model, cycle: int) -> Iterator[tuple[bytes, bytes]]:
+    """(digest, record) of rows of the users table, their posteriors computed many at once."""
+    d = model.d
+    for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
+        part = rows.slice(first, _ROWS_AT_ONCE)
+        known = model.user_posteriors(
+            matrix(part[schema.A], gaussian.packed_length(d)),
+            matrix(part[schema.B], d),
+            matrix(part[schema.PRIOR_MEAN], d),
+        )
+        users = np.concatenate([known.mean, scorer.second_moments(known.mean, known.covariance)], axis=1)
+        digests = (digest(user) for user in part[USER_ID].to_pylist())
+        yield from zip(digests, pack_users(cycle, part[schema.N_EVENTS].to_pylist(), users), strict=True)
 
 
 def _portable(row: dict[str, Any]) -> dict[str, Any]:

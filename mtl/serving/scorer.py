@@ -1,13 +1,14 @@
-"""Scores of many inputs for one user by two products, and the best of all inputs; pure NumPy.
+"""Scores of many inputs for one user by matrix-vector products, and the best of all inputs; pure NumPy.
 
-An input is one row [E[φφᵀ] packed | Cov(o, φ) | E[o] | Var[o]], whose first d entries are φ (φ₀ = 1); a user is two columns
-against it (:func:`coefficients`), so that a request gathers its rows once and multiplies once:
+An input is one row [E[φφᵀ] packed | Cov(o, φ) | E[o] | Var[o]], whose first d entries are φ (φ₀ = 1), so that a request
+gathers its rows once:
 
     E[h] = o + w·φ        Var[h] = tr(E[wwᵀ] E[φφᵀ]) − (w·φ)² + Var[o] + 2 w·Cov(o, φ)        (:func:`mtl.working.belief`)
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,7 @@ class Weights(NamedTuple):
     """What is believed of one user's weights, ready to score with."""
 
     mean: Array  # E[w], (d,)
-    covariance: Array  # packed (d(d+1)/2,)
-    columns: Array  # (width, 2)
+    second: Array  # E[wwᵀ], packed, entries beside the diagonal doubled (d(d+1)/2,)
     n_events: int
 
 
@@ -54,25 +54,27 @@ def top_columns(rows: Array, d: int) -> Array:
     return columns
 
 
-def weights(mean: Array, covariance: Array, n_events: int) -> Weights:
-    """Of a Gaussian with mean (d,) and packed covariance."""
-    d = len(mean)
-    length = len(covariance)
-    columns = np.zeros((2, length + d + 2))
-    columns[0, :d] = mean
-    columns[0, -2] = 1.0
-    np.multiply(covariance + gaussian.outer(mean[None])[0], _twice(d), out=columns[1, :length])
-    np.multiply(mean, 2.0, out=columns[1, length : length + d])
-    columns[1, -1] = 1.0
-    return Weights(mean, covariance, columns.T, n_events)
+def second_moments(mean: Array, covariance: Array) -> Array:
+    """E[wwᵀ] as :class:`Weights` has it, of n Gaussians with means (n, d) and packed covariances."""
+    return (gaussian.outer(mean) + covariance) * _twice(mean.shape[1])
+
+
+def covariance_of(user: Weights) -> Array:
+    """The packed covariance (d(d+1)/2,)."""
+    return user.second / _twice(len(user.mean)) - gaussian.outer(user.mean[None])[0]
 
 
 def belief(rows: Array, user: Weights) -> tuple[Array, Array]:
     """Mean and variance of h of every row (n, width) for the user, (n,) each."""
-    products = rows @ user.columns
-    mean = products[:, 0]
-    known = mean - rows[:, -2]
-    return mean, np.maximum(products[:, 1] - known * known, 0.0)
+    w, second, _ = user
+    d, length = len(w), len(second)
+    known = rows[:, :d] @ w
+    variance = rows[:, :length] @ second
+    variance -= known * known
+    variance += rows[:, length : length + d] @ (2 * w)
+    variance += rows[:, -1]
+    known += rows[:, -2]
+    return known, np.maximum(variance, 0.0, out=variance)
 
 
 def score(rows: Array, user: Weights, loss: Loss, noise: float) -> tuple[Array, Array]:
@@ -111,11 +113,8 @@ def largest(scores: Array, k: int) -> np.ndarray:
     return places[np.isfinite(values[order])]
 
 
+@cache
 def _twice(d: int) -> Array:
-    if d not in _TWICE:
-        rows, columns = gaussian.triangle(d)
-        _TWICE[d] = np.where(rows == columns, 1.0, 2.0)
-    return _TWICE[d]
-
-
-_TWICE: dict[int, Array] = {}
+    """How often each packed entry is in the whole matrix."""
+    rows, columns = gaussian.triangle(d)
+    return np.where(rows == columns, 1.0, 2.0)

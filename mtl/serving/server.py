@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from mtl.config import ServeSettings, Settings
 from mtl.errors import ConfigError, StateError
@@ -34,6 +35,7 @@ from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay, open_overlay
 from mtl.serving.service import MAX_VERSION_AGE, Rescore, Service
 from mtl.serving.store import Store
+from mtl.serving.wire import Protocol
 
 log = logging.getLogger("mtl")
 
@@ -169,6 +171,7 @@ class Supervisor:
 
 def run_worker(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
     """Answer requests until SIGTERM, or until the supervisor is gone."""
+    threadpool_limits(1)  # workers are as many as cores
     asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())
 
 
@@ -183,6 +186,7 @@ async def _work(
     measured = metrics.Metrics(lambda: _state(service))
     config = uvicorn.Config(
         application(service, measured),
+        http=Protocol,
         log_config=None,
         access_log=False,
         lifespan="off",

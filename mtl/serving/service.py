@@ -15,7 +15,7 @@ import numpy as np
 
 from mtl import gaussian
 from mtl.config import ServeSettings
-from mtl.serving import api
+from mtl.serving import api, scorer
 from mtl.serving.api import Problem
 from mtl.serving.observations import Event, Feedback
 from mtl.serving.observer import Observer
@@ -219,7 +219,7 @@ class Service:
         found = view.weights_of(identity)
         user = found or view.unknown_weights
         d = view.d
-        covariance = gaussian.unpack(user.covariance[None], d)[0]
+        covariance = gaussian.unpack(scorer.covariance_of(user)[None], d)[0]
         deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
         offset, features, score, std = None, [None] * d, None, None
         if one is not None:

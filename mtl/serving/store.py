@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,10 +83,9 @@ class Store:
     def close(self) -> None:
         self.environment.close()
 
-    @contextmanager
-    def reading(self) -> Iterator[lmdb.Transaction]:
-        with self.environment.begin(buffers=True) as transaction:
-            yield transaction
+    def reading(self) -> lmdb.Transaction:
+        """A context in which everything read is of one moment."""
+        return self.environment.begin(buffers=True)
 
     # What a request reads, all within one transaction.
 

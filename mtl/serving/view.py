@@ -17,12 +17,14 @@ import pandas as pd
 
 from mtl import blocks, gaussian
 from mtl.features import Features
+from mtl.forms import partly_given
 from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.model import Model, model_of
+from mtl.prior import Prior
 from mtl.serving import scorer
 from mtl.serving.overlay import Overlay, Pending, is_covered
-from mtl.serving.records import UserRow, cycle_of, digest, prefix, unpack_user
+from mtl.serving.records import cycle_of, digest, is_described_only, prefix, unpack_user
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
@@ -54,7 +56,7 @@ class View:
     top: Array = field(repr=False)  # (d, n)
     _index: dict[str, int] = field(default_factory=dict, repr=False)
     _lacking: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
-    _weights: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
+    _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.d, self.version = self.model.d, self.model.version
@@ -142,23 +144,34 @@ class View:
         """What is believed of a user now, observations included; None where nothing is known of the user."""
         key = digest(user)
         # In this order: see mtl.serving.overlay.
-        with self.overlay.reading() as observed:
+        with self.overlay.reading() as observed, self.store.reading() as stored:
             revision = self.overlay.revision(observed, key)
-            with self.store.reading() as stored:
-                record = self.store.user(stored, self._prefix, key)
-                if record is None and revision is None:
-                    return None
-                state = (revision, None if record is None else cycle_of(record))
-                cached = self._weights.get(user)
-                if cached is not None and cached[0] == state:
-                    return cached[1]
-                pending = self.overlay.pending(observed, key) if revision is not None else []
-                pending = [p for p in pending if not is_covered(p, self.version, record)]
-                row = self.unknown_user if record is None else unpack_user(record, self.d)
-                weights = self._posterior(row, pending)
-        if len(self._weights) >= self.users_cached:
-            self._weights.clear()
-        self._weights[user] = state, weights
+            record = self.store.user(stored, self._prefix, key)
+            if revision is not None:
+                return self._with_observations(user, key, revision, record, observed)
+            # The store's pages are its own again when the transaction ends.
+            return None if record is None else self._weights_in(bytes(record))
+
+    def _weights_in(self, record: bytes) -> Weights:
+        row = unpack_user(record, self.d)
+        if is_described_only(record, self.d):
+            return self._of_prior(row.mean)
+        return Weights(row.mean, row.second, row.n_events)
+
+    def _with_observations(
+        self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction
+    ) -> Weights:
+        """The user's row and what was observed since; kept until either changes."""
+        state = (revision, None if record is None else cycle_of(record))
+        kept = self._observed.get(user)
+        if kept is not None and kept[0] == state:
+            return kept[1]
+        before = self.unknown_weights if record is None else self._weights_in(bytes(record))
+        pending = [p for p in self.overlay.pending(observed, key) if not is_covered(p, self.version, record)]
+        weights = self._after(before, pending) if pending else before
+        if len(self._observed) >= self.users_cached:
+            self._observed.clear()
+        self._observed[user] = state, weights
         return weights
 
     def weights_of_described(self, attributes: Attributes) -> Weights:
@@ -167,16 +180,22 @@ class View:
         Raises:
             EncodingError: attributes that the model's encodings cannot take.
         """
-        return self._posterior(self.unknown_user._replace(prior_mean=self._prior_mean([attributes])), [])
-
-    @cached_property
-    def unknown_user(self) -> UserRow:
-        d = self.d
-        return UserRow(0, 0, np.zeros(gaussian.packed_length(d)), np.zeros(d), self._prior_mean([{}]))
+        return self._of_prior(self._prior_mean([attributes]))
 
     @cached_property
     def unknown_weights(self) -> Weights:
-        return self._posterior(self.unknown_user, [])
+        return self._of_prior(self._prior_mean([{}]))
+
+    @cached_property
+    def _prior_covariance(self) -> Array:
+        """Of a user without events, packed."""
+        d = self.d
+        return self.model.user_posteriors(
+            np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d)), self._prior_mean([{}])[None]
+        ).covariance
+
+    def _of_prior(self, mean: Array) -> Weights:
+        return Weights(mean, scorer.second_moments(mean[None], self._prior_covariance)[0], 0)
 
     def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
         try:
@@ -184,22 +203,22 @@ class View:
         except (TypeError, ValueError) as error:
             raise EncodingError(str(error)) from error
 
-    def _posterior(self, row: UserRow, pending: Sequence[Pending]) -> Weights:
-        """The posterior of a user's sums with events added to them."""
-        posteriors = partial(self.model.user_posteriors, prior_mean=row.prior_mean[None])
-        a, b, n_events = row.a[None], row.b[None], row.n_events
-        if pending:
-            inputs, events = self._with_features(pending)
-            if events:
-                n_events += len(events)
-                n = len(events)
-                label, weight = (np.array([getattr(e.event, name) for e in events]) for name in ("label", "weight"))
-                zero, each = np.zeros(n, np.int64), np.arange(n)
-                weights, labels = blocks.csr(zero, each, label, weight, 1, n)
-                _, _, known = settle(weights, labels, inputs, posteriors, self.loss, (a, b))
-                return scorer.weights(known.mean[0], known.covariance[0], n_events)
-        known = posteriors(a, b)
-        return scorer.weights(known.mean[0], known.covariance[0], n_events)
+    def _after(self, before: Weights, pending: Sequence[Pending]) -> Weights:
+        """The posterior after more events: what was believed before them is the prior."""
+        features, events = self._with_features(pending)
+        if not events:
+            return before
+        d, n = self.d, len(events)
+        given = self.model.form.users
+        covariance = gaussian.unpack(scorer.covariance_of(before)[None], d)[0][np.ix_(given.learnt, given.learnt)]
+        prior = partly_given(Prior(np.empty((0, 0)), covariance, np.empty((0, 0))), given)
+        posteriors = partial(prior.conditional, mean=before.mean[None], noise=self.model.noise)
+        label, weight = (np.array([getattr(e.event, name) for e in events]) for name in ("label", "weight"))
+        weights, labels = blocks.csr(np.zeros(n, np.int64), np.arange(n), label, weight, 1, n)
+        nothing = np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d))
+        _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing)
+        second = scorer.second_moments(after.mean, after.covariance)[0]
+        return Weights(after.mean[0], second, before.n_events + n)
 
     def _with_features(self, pending: Sequence[Pending]) -> tuple[Features, list[Pending]]:
         """The observations of inputs that have features or attributes: as the update stream, others wait."""
@@ -283,7 +302,7 @@ class View:
         """E[w̃w̃ᵀ] of the prior of a user of whom nothing is known, w̃ = [1, w_1 … w_k], (d, d)."""
         mean = self.unknown_weights.mean.copy()
         mean[0] = 1.0
-        second = gaussian.unpack(self.unknown_weights.covariance[None], self.d)[0]
+        second = gaussian.unpack(self._prior_covariance, self.d)[0]
         second[0] = second[:, 0] = 0.0
         return second + np.outer(mean, mean)
 

@@ -25,7 +25,7 @@ from mtl.serving.service import Service
 
 log = logging.getLogger("mtl")
 
-Answer = Callable[[bytes, Scope], Awaitable[bytes]]
+Answer = Callable[[bytes, Scope], Awaitable[bytes] | bytes]
 
 _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
@@ -54,7 +54,8 @@ class Endpoint:
                 body = await self._rest(body, receive)
             if len(body) > self.max_body:
                 raise _too_large(self.max_body)
-            content = await self.answer(body, scope)
+            answer = self.answer(body, scope)
+            content = answer if isinstance(answer, bytes) else await answer
         except Problem as problem:
             status, headers = problem.status, problem.headers
             content = _encode(api.ErrorBody(problem.error, problem.message))
@@ -106,7 +107,7 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     def endpoint(name: str, answer: Answer) -> Endpoint:
         return Endpoint(name, answer, service, metrics)
 
-    def body(work: Callable[[bytes], Awaitable[bytes]]) -> Answer:
+    def body(work: Callable[[bytes], Awaitable[bytes] | bytes]) -> Answer:
         return lambda content, scope: work(content)
 
     def query(work: Callable[[dict[str, str]], Awaitable[bytes]]) -> Answer:
@@ -118,16 +119,16 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     async def top(content: bytes, scope: Scope) -> bytes:
         return await (service.top(content) if scope["method"] == "POST" else service.top_by_query(_query(scope)))
 
-    async def health(content: bytes, scope: Scope) -> bytes:
+    def health(content: bytes, scope: Scope) -> bytes:
         return _HEALTHY
 
-    async def ready(content: bytes, scope: Scope) -> bytes:
+    def ready(content: bytes, scope: Scope) -> bytes:
         state = service.ready()
         if not state.ready:
             raise Problem(503, "not_ready", state.reason, ((b"retry-after", b"1"),))
         return _encode(state)
 
-    async def schema(content: bytes, scope: Scope) -> bytes:
+    def schema(content: bytes, scope: Scope) -> bytes:
         return _OPENAPI
 
     routes = [

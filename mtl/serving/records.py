@@ -22,7 +22,7 @@ class UserRow(NamedTuple):
     cycle: int  # of the refresher, when it wrote the row
     n_events: int
     mean: Array  # E[w], (d,)
-    second: Array  # E[wwᵀ], packed, entries beside the diagonal doubled (d(d+1)/2,)
+    quadratic: Array  # as mtl.serving.scorer has it
 
 
 def digest(identity: str) -> bytes:
@@ -36,7 +36,7 @@ def prefix(model_version: int) -> bytes:
 
 
 def pack_users(cycle: int, n_events: Iterable[int], users: Array) -> Iterator[bytes]:
-    """Records of users from rows [mean | second]."""
+    """Records of users from rows [mean | quadratic]."""
     width, data = users.shape[1] * 8, np.ascontiguousarray(users).tobytes()
     for i, n in enumerate(n_events):
         yield _HEADER.pack(cycle, n) + data[i * width : (i + 1) * width]
@@ -48,7 +48,7 @@ def pack_described(cycle: int, prior_mean: Array) -> bytes:
 
 
 def unpack_user(record: bytes | memoryview, d: int) -> UserRow:
-    """:func:`is_described_only` tells of a record that has no second moments, here empty."""
+    """:func:`is_described_only` tells of a record that has no ``quadratic``: it is empty here."""
     cycle, n_events = _HEADER.unpack_from(record)
     values = np.frombuffer(record, np.float64, offset=_HEADER.size)
     return UserRow(cycle, n_events, values[:d], values[d:])

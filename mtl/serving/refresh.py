@@ -360,7 +360,7 @@ def _user_records(rows: pa.Table, model: Model, cycle: int) -> Iterator[tuple[by
             matrix(part[schema.B], d),
             matrix(part[schema.PRIOR_MEAN], d),
         )
-        users = np.concatenate([known.mean, scorer.second_moments(known.mean, known.covariance)], axis=1)
+        users = np.concatenate([known.mean, scorer.quadratics(known.mean, known.covariance)], axis=1)
         digests = (digest(user) for user in part[USER_ID].to_pylist())
         yield from zip(digests, pack_users(cycle, part[schema.N_EVENTS].to_pylist(), users), strict=True)
 

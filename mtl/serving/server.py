@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -190,6 +191,7 @@ async def _work(
         log_config=None,
         access_log=False,
         lifespan="off",
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
@@ -202,6 +204,9 @@ async def _work(
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the supervisor's matter
+    gc.collect()
+    gc.freeze()  # what was loaded stays: the collector need not visit it
+    gc.set_threshold(20_000, 20, 50)
     looking = asyncio.create_task(_keep_looking(service, tell, parent, stop))
     await server.serve(sockets=[listener])
     looking.cancel()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ from mtl.serving.requests import (
 )
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
-from mtl.serving.view import EncodingError, View, open_view
+from mtl.serving.view import EncodingError, Inputs, View, open_view
 
 log = logging.getLogger("mtl")
 
@@ -63,58 +63,83 @@ class Service:
     settings: ServeSettings
     rescore: Rescore | None = None
     view: View | None = None
-    checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed
+    checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
+    staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
 
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
         self.view = open_view(self.store, self.overlay, self.settings.users_cached, self.view)
         self.checked_at = self.overlay.status().checked_at
+        self.staleness = round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
 
     # Predictions.
 
-    async def predict(self, body: bytes) -> bytes:
-        return _encode(await self._predict(decode(PREDICT, body)))
+    def predict(self, body: bytes) -> bytes | Coroutine[Any, Any, bytes]:
+        """The answer, or where features are to be computed a coroutine of it."""
+        request = decode(PREDICT, body)
+        answer = self._at_once(request)
+        return self._encoded(request) if answer is None else _encode(answer)
+
+    async def _encoded(self, request: api.PredictRequest) -> bytes:
+        return _encode(await self._predict(request))
 
     async def predict_batch(self, body: bytes) -> bytes:
         request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
             raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        if sum(len(one.inputs) for one in request.requests) > self.settings.max_inputs * self.settings.max_batch:
-            raise Problem(413, "too_many", "too many inputs in all requests together")
         ends = time.monotonic() + (request.deadline_ms or _DEADLINE_MS) / 1000
-        return _encode(api.BatchAnswer([await self._predict(one, ends) for one in request.requests]))
+        answers = [self._at_once(one) or await self._predict(one, ends) for one in request.requests]
+        return _encode(api.BatchAnswer(answers))
 
-    async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
-        given = request.inputs
+    def _at_once(self, request: api.PredictRequest) -> api.PredictAnswer | None:
+        """The answer where all inputs have features."""
+        view, given = self.view or self._shown(), request.inputs
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
+        rows = view.gather(given)
+        if rows is None:
+            return None
+        user, user_known = self._weights(view, request.user, request.user_attributes)
+        return self._answer(view, user, user_known, given, rows)
+
+    async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
+        """The answer where features of some inputs are to be computed."""
         view = self._shown()
         user, user_known = self._weights(view, request.user, request.user_attributes)
-        rows = view.gather(given)
-        answer = api.PredictAnswer(
-            scores=[], model_version=view.version, staleness_s=self._staleness(), user_known=user_known
-        )
-        if rows is None:
-            rows = await self._evaluate(view, given, request.deadline_ms, ends, answer)
-        scores, stds = view.score(user, rows)
-        answer.scores = list(map(api.Score, given, scores.tolist(), stds.tolist()))
+        found, late = await self._evaluate(view, request.inputs, request.deadline_ms, ends)
+        answer = self._answer(view, user, user_known, request.inputs, found.rows)
+        answer.incomplete_inputs = late
+        answer.unknown_inputs = [
+            one
+            for one, known in zip(request.inputs, found.known, strict=True)
+            if not known and not isinstance(one, dict)
+        ]
         return answer
 
+    def _answer(
+        self, view: View, user: Weights, user_known: bool, given: list[Any], rows: np.ndarray
+    ) -> api.PredictAnswer:
+        scores, stds = view.score(user, rows)
+        return api.PredictAnswer(
+            scores=list(map(api.Score, given, scores.tolist(), stds.tolist())),
+            model_version=view.version,
+            staleness_s=self.staleness,
+            user_known=user_known,
+        )
+
     async def _evaluate(
-        self, view: View, given: Sequence[Any], deadline_ms: float | None, ends: float | None, answer: api.PredictAnswer
-    ) -> np.ndarray:
-        """Features of inputs of which some are to be computed: by the deadline, or those of an unknown input."""
+        self, view: View, given: Sequence[Any], deadline_ms: float | None, ends: float | None
+    ) -> tuple[Inputs, list[int]]:
+        """Features of inputs of which some are to be computed; those that did not come by the deadline (places)."""
         limit = ends or time.monotonic() + (deadline_ms or _DEADLINE_MS) / 1000
         inputs = [str(one) if isinstance(one, int) else one for one in given]
         computing = asyncio.get_running_loop().run_in_executor(None, view.rows_of, inputs)
         try:
-            found = await asyncio.wait_for(computing, max(0.0, limit - time.monotonic()))
+            return await asyncio.wait_for(computing, max(0.0, limit - time.monotonic())), []
         except asyncio.TimeoutError:
-            found, answer.incomplete_inputs = view.rows_at_hand(inputs)
+            return view.rows_at_hand(inputs)
         except EncodingError as error:
             raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
-        answer.unknown_inputs = [one for one, known in zip(given, found.known, strict=True) if not known]
-        return found.rows
 
     async def top(self, body: bytes) -> bytes:
         return await self._top(decode(TOP, body))
@@ -146,7 +171,7 @@ class Service:
         else:
             chosen = self._top_of_all(view, user, request)
         return _encode(
-            api.TopAnswer(scores=chosen, model_version=view.version, staleness_s=self._staleness(), user_known=known)
+            api.TopAnswer(scores=chosen, model_version=view.version, staleness_s=self.staleness, user_known=known)
         )
 
     def _top_of_all(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
@@ -224,7 +249,7 @@ class Service:
         offset, features, score, std = None, [None] * d, None, None
         if one is not None:
             rows = view.rows_of([one]).rows
-            offset, features = float(rows[0, -2]), rows[0, :d].tolist()
+            offset, features = float(rows[0, -1]), rows[0, :d].tolist()
             score, std = (float(values[0]) for values in view.score(user, rows))
         why = [
             api.Contribution(name, float(w), float(s), phi, None if phi is None else float(w) * phi)
@@ -235,7 +260,7 @@ class Service:
         return _encode(
             api.UserAnswer(
                 model_version=view.version,
-                staleness_s=self._staleness(),
+                staleness_s=self.staleness,
                 user=identity,
                 known=found is not None,
                 n_events=user.n_events,
@@ -263,12 +288,12 @@ class Service:
         return _encode(
             api.InputAnswer(
                 model_version=view.version,
-                staleness_s=self._staleness(),
+                staleness_s=self.staleness,
                 input=identity,
                 known=known[0],
                 has_features=has_features,
-                offset=float(row[-2]),
-                offset_std=float(np.sqrt(max(row[-1], 0.0))),
+                offset=float(row[-1]),
+                offset_std=float(np.sqrt(max(row[-2], 0.0))),
                 features=row[:d].tolist(),
                 features_std=np.sqrt(np.maximum(np.diag(spread), 0.0)).tolist(),
                 attributes=attributes,
@@ -288,7 +313,7 @@ class Service:
         return _encode(
             api.SimilarAnswer(
                 model_version=view.version,
-                staleness_s=self._staleness(),
+                staleness_s=self.staleness,
                 of=one,
                 near=[api.Near(identity, distance) for identity, distance in near],
             )
@@ -300,7 +325,7 @@ class Service:
         with self.store.reading() as transaction:
             most = self.store.popular(transaction)[:k]
         inputs = [api.PopularInput(one.input, one.n_events, one.mean_label) for one in most]
-        return _encode(api.PopularAnswer(model_version=view.version, staleness_s=self._staleness(), inputs=inputs))
+        return _encode(api.PopularAnswer(model_version=view.version, staleness_s=self.staleness, inputs=inputs))
 
     async def models(self, query: Mapping[str, str]) -> bytes:
         allow(query)
@@ -312,7 +337,7 @@ class Service:
     def ready(self) -> api.ReadyAnswer:
         if self.view is None:
             return api.ReadyAnswer(False, None, None, "no model version has been read from the tables yet")
-        return api.ReadyAnswer(True, self.view.version, self._staleness())
+        return api.ReadyAnswer(True, self.view.version, self.staleness)
 
     # Parts.
 
@@ -320,9 +345,6 @@ class Service:
         if self.view is None:
             raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
         return self.view
-
-    def _staleness(self) -> float:
-        return round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
 
     def _weights(self, view: View, user: str | int, attributes: api.Attributes | None) -> tuple[Weights, bool]:
         found = view.weights_of(user if isinstance(user, str) else str(user))

@@ -156,7 +156,7 @@ class View:
         row = unpack_user(record, self.d)
         if is_described_only(record, self.d):
             return self._of_prior(row.mean)
-        return Weights(row.mean, row.second, row.n_events)
+        return Weights(row.mean, row.quadratic, row.n_events)
 
     def _with_observations(
         self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction
@@ -195,7 +195,7 @@ class View:
         ).covariance
 
     def _of_prior(self, mean: Array) -> Weights:
-        return Weights(mean, scorer.second_moments(mean[None], self._prior_covariance)[0], 0)
+        return Weights(mean, scorer.quadratics(mean[None], self._prior_covariance)[0], 0)
 
     def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
         try:
@@ -217,8 +217,8 @@ class View:
         weights, labels = blocks.csr(np.zeros(n, np.int64), np.arange(n), label, weight, 1, n)
         nothing = np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d))
         _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing)
-        second = scorer.second_moments(after.mean, after.covariance)[0]
-        return Weights(after.mean[0], second, before.n_events + n)
+        quadratic = scorer.quadratics(after.mean, after.covariance)[0]
+        return Weights(after.mean[0], quadratic, before.n_events + n)
 
     def _with_features(self, pending: Sequence[Pending]) -> tuple[Features, list[Pending]]:
         """The observations of inputs that have features or attributes: as the update stream, others wait."""
@@ -292,7 +292,7 @@ class View:
         squares = self._squares - 2 * ((metric @ one).astype(np.float32) @ self.top)
         rows = scorer.largest(-squares, k + _SLACK)
         difference = self.rows[rows][:, : self.d] - found.rows[0, : self.d]
-        difference[:, 0] = self.rows[rows][:, -2] - found.rows[0, -2]
+        difference[:, 0] = self.rows[rows][:, -1] - found.rows[0, -1]
         distance = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", difference, metric, difference), 0.0))
         near = sorted(zip(distance.tolist(), self.ids(rows), strict=True))
         return [(other, value) for value, other in near if other != identity][:k]

@@ -86,8 +86,8 @@ def _users(random: np.random.Generator, users: int, d: int) -> Iterator[tuple[by
     """Some of a few hundred distinct users each."""
     kinds = 200
     mean = random.normal(size=(kinds, d)) * 0.5
-    second = scorer.second_moments(mean, covariances(random, kinds, d, 0.02))
-    records = list(pack_users(0, [30] * kinds, np.concatenate([mean, second], axis=1)))
+    quadratic = scorer.quadratics(mean, covariances(random, kinds, d, 0.02))
+    records = list(pack_users(0, [30] * kinds, np.concatenate([mean, quadratic], axis=1)))
     for first in range(0, users, 100_000):
         names = sorted(digest(f"u{i}") for i in range(first, min(first + 100_000, users)))
         yield from ((name, records[name[0] % kinds]) for name in names)

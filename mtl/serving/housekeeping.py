@@ -41,7 +41,7 @@ def keep_like_the_tables(
             failure, failures = told, failures + 1
             overlay.tell(Status(overlay.status().checked_at, told))
         if began - cleared > _CLEAR_SECONDS:
-            clear_old(overlay, log_folder, settings.remember_hours * 3600)
+            clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
             cleared = began
         pause = min(settings.refresh_seconds * 2**failures, max(_LONGEST_WAIT, settings.refresh_seconds))
         while not stopped() and (left := began + pause - time.monotonic()) > 0:
@@ -50,7 +50,7 @@ def keep_like_the_tables(
     overlay.close()
 
 
-def clear_old(overlay: Overlay, log_folder: Path, seconds: float) -> int:
+def clear_old(store: Store, overlay: Overlay, log_folder: Path, seconds: float) -> int:
     """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments."""
     before, deleted = time.time() - seconds, 0
     old = [path for path in sealed(log_folder) if path.stat().st_mtime < before]
@@ -61,4 +61,5 @@ def clear_old(overlay: Overlay, log_folder: Path, seconds: float) -> int:
                 path.unlink(missing_ok=True)
                 deleted += 1
     overlay.forget_ids(before)
+    store.forget_confirmed(before - seconds)  # a segment may be younger than the first of its events
     return deleted

@@ -20,7 +20,7 @@ the machine it is made from the log again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +191,15 @@ class Overlay:
         return 0 if value is None else int.from_bytes(value, "big")
 
 
-def open_overlay(folder: str | Path, log_events: Iterable[Event]) -> Overlay:
+def open_overlay(
+    folder: str | Path, log_events: Iterable[Event], is_confirmed: Callable[[str], bool] = lambda event_id: False
+) -> Overlay:
     """The overlay of this start of the machine; one of an earlier start is made anew from the log's events.
 
     To be called by one process, before the workers are there.
+
+    Args:
+        is_confirmed: whether an event (id) is known to be in its user's row.
     """
     path, boot = Path(folder) / "overlay.lmdb", boot_id()
     try:
@@ -209,6 +214,8 @@ def open_overlay(folder: str | Path, log_events: Iterable[Event]) -> Overlay:
     overlay = Overlay(folder)
     part: list[tuple[Event, bool]] = []
     for event in log_events:
+        if is_confirmed(event.event_id):
+            continue
         part.append((event, True))
         if len(part) == 1000:
             overlay.insert(part)

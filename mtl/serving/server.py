@@ -83,8 +83,9 @@ def serve(settings: Settings) -> dict[str, Any]:
     with _locked(folders), _listening(settings.serve) as listener:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         metrics.share(folders.store / "metrics")
-        Store(folders.store, settings.serve.store_gb).close()
-        open_overlay(folders.store, read(sealed(folders.log))).close()
+        store = Store(folders.store, settings.serve.store_gb)
+        open_overlay(folders.store, read(sealed(folders.log)), store.is_confirmed).close()
+        store.close()
         supervisor = Supervisor(settings, folders, listener)
         supervisor.run()
     return {

@@ -110,7 +110,7 @@ class Source:
         """Record batches of a query over the table, called t in it, as of a commit."""
         opened = DeltaTable(f"{self.root}/{table}", version=version)
         for batch in QueryBuilder().register("t", opened).execute(sql):
-            yield pa.record_batch(batch)
+            yield _without_views(pa.record_batch(batch))
 
     def transaction(self, table: str, application: str, version: int) -> int | None:
         """The last transaction of an application that the table holds as of a commit."""
@@ -120,6 +120,20 @@ class Source:
         if table not in self._tables:
             self.version(table)
         return pyarrow.fs.PyFileSystem(DeltaStorageHandler.from_table(self._tables[table]._table))
+
+
+def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with plain text and bytes, on which all of pyarrow's functions work."""
+    kinds = [_plain(kind) for kind in batch.schema.types]
+    return batch.cast(pa.schema(zip(batch.schema.names, kinds, strict=True)))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
 
 
 def _commit(version: int, actions: list[dict[str, Any]]) -> Commit:

@@ -23,7 +23,7 @@ from mtl.gaussian import Array
 from mtl.serving.records import cycle_of, digest, prefix
 
 _LIVE, _SEEN_VERSIONS, _POPULAR, _MODEL_LIST = b"live", b"versions", b"popular", b"model_list"
-_TABLES = (b"meta", b"models", b"users", b"index", b"ids", b"attributes", b"counts", b"seen")
+_TABLES = (b"meta", b"models", b"users", b"index", b"ids", b"attributes", b"counts", b"seen", b"confirmed")
 _AT_ONCE = 5_000  # records a transaction
 
 
@@ -139,6 +139,11 @@ class Store:
         value = transaction.get(_SEEN_VERSIONS, db=self._db[b"meta"])
         return {} if value is None else msgspec.msgpack.decode(value)
 
+    def is_confirmed(self, event_id: str) -> bool:
+        """Whether an observation is known to be in its user's row."""
+        with self.reading() as transaction:
+            return transaction.get(digest(event_id), db=self._db[b"confirmed"]) is not None
+
     def n_users(self) -> int:
         with self.reading() as transaction:
             return transaction.stat(db=self._db[b"users"])["entries"]
@@ -213,6 +218,22 @@ class Store:
             rows.sort(key=lambda row: (-row[1], row[0]))
             popular = [Popular(identity, n, total / n) for identity, n, total in rows[:most]]
             transaction.put(_POPULAR, msgspec.msgpack.encode(popular), db=self._db[b"meta"])
+
+    def confirm(self, event_ids: Iterable[str], now: float) -> None:
+        """Remember observations that are in their users' rows: an overlay made anew from the log leaves them out."""
+        stamp = int(now).to_bytes(8, "big")
+        with self.environment.begin(write=True) as transaction:
+            for identity in event_ids:
+                transaction.put(digest(identity), stamp, db=self._db[b"confirmed"])
+
+    def forget_confirmed(self, before: float) -> None:
+        """Observations confirmed before a time (seconds since 1970), of which the log has no line any more."""
+        with self.environment.begin(write=True) as transaction:
+            cursor = transaction.cursor(db=self._db[b"confirmed"])
+            there = cursor.first()
+            while there:
+                is_old = int.from_bytes(cursor.value(), "big") < before
+                there = cursor.delete() if is_old else cursor.next()
 
     def write_model_list(self, models: list[dict[str, Any]]) -> None:
         with self.environment.begin(write=True) as transaction:

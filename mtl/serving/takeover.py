@@ -56,7 +56,7 @@ class Takeover:
 
     def asks(self, users: int, events: int) -> bool:
         """Whether observations may be in users of whom that is not known yet, at these commits of users and events."""
-        if not self.overlay.n_pending() or (self._answered == (users, events) and not self.overlay.has_look_ups()):
+        if users < 0 or not self.overlay.n_pending() or (self._answered == (users, events) and not self.overlay.has_look_ups()):
             return False
         self._answered = (users, events)
         return True
@@ -67,7 +67,7 @@ class Takeover:
 
     def coverage(self, model: Model, users: int, events: int) -> Coverage | None:
         """What commit ``users`` of the users table contains; None where no observation asks for it."""
-        if not self.overlay.n_pending():
+        if users < 0 or not self.overlay.n_pending():
             return None
         covered = coverage(self.source, model.version, model.events_version, users)
         self._look_up(covered, events)
@@ -134,5 +134,6 @@ class Takeover:
                     if is_covered(observation, live.model_version, record):
                         done.append(key)
         if done:
+            self.store.confirm((pending[key].event.event_id for key in done), time.time())
             self.overlay.delete(done)
             log.info("serve: %d observations are in their users' rows", len(done))

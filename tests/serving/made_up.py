@@ -24,6 +24,7 @@ from mtl.serving.store import Live, Store, new_feature_files, write_features
 VERSION = 1
 MEAN_LABEL = 3.5
 NOISE = 0.8
+EVENTS_BEFORE = 30  # of every user
 
 
 def covariances(random: np.random.Generator, n: int, d: int, size: float) -> Array:
@@ -87,7 +88,7 @@ def _users(random: np.random.Generator, users: int, d: int) -> Iterator[tuple[by
     kinds = 200
     mean = random.normal(size=(kinds, d)) * 0.5
     quadratic = scorer.quadratics(mean, covariances(random, kinds, d, 0.02))
-    records = list(pack_users(0, [30] * kinds, np.concatenate([mean, quadratic], axis=1)))
+    records = list(pack_users(0, [EVENTS_BEFORE] * kinds, np.concatenate([mean, quadratic], axis=1)))
     for first in range(0, users, 100_000):
         names = sorted(digest(f"u{i}") for i in range(first, min(first + 100_000, users)))
         yield from ((name, records[name[0] % kinds]) for name in names)

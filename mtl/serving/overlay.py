@@ -166,7 +166,8 @@ class Overlay:
             there = cursor.first()
             while there:
                 if int.from_bytes(cursor.value(), "big") < before and bytes(cursor.key()) not in waiting:
-                    there = cursor.delete()
+                    cursor.delete()
+                    there = bool(cursor.key())
                     forgotten += 1
                 else:
                     there = cursor.next()

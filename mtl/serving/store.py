@@ -233,7 +233,7 @@ class Store:
             there = cursor.first()
             while there:
                 is_old = int.from_bytes(cursor.value(), "big") < before
-                there = cursor.delete() if is_old else cursor.next()
+                there = delete(cursor) if is_old else cursor.next()
 
     def write_model_list(self, models: list[dict[str, Any]]) -> None:
         with self.environment.begin(write=True) as transaction:
@@ -259,7 +259,7 @@ class Store:
             there = cursor.set_range(prefix(version))
             while there and cursor.key().startswith(prefix(version)):
                 if cycle_of(cursor.value()) != cycle:
-                    there = cursor.delete()
+                    there = delete(cursor)
                     deleted += 1
                 else:
                     there = cursor.next()
@@ -287,9 +287,15 @@ class Store:
                 if cursor.key()[:4] == prefix(shown):
                     there = cursor.set_range(prefix(shown + 1))
                     continue
-                there = cursor.delete()
+                there = delete(cursor)
                 deleted += 1
         return deleted == _AT_ONCE
+
+
+def delete(cursor: lmdb.Cursor) -> bool:
+    """Delete the record at the cursor; whether there is another behind it, where the cursor is then."""
+    cursor.delete()
+    return bool(cursor.key())
 
 
 def new_feature_files(version: int) -> tuple[str, str]:

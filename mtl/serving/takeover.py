@@ -56,7 +56,11 @@ class Takeover:
 
     def asks(self, users: int, events: int) -> bool:
         """Whether observations may be in users of whom that is not known yet, at these commits of users and events."""
-        if users < 0 or not self.overlay.n_pending() or (self._answered == (users, events) and not self.overlay.has_look_ups()):
+        if (
+            users < 0
+            or not self.overlay.n_pending()
+            or (self._answered == (users, events) and not self.overlay.has_look_ups())
+        ):
             return False
         self._answered = (users, events)
         return True

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -48,9 +48,9 @@ class Endpoint:
         status = 200
         headers: tuple[tuple[bytes, bytes], ...] = ()
         try:
-            message = await receive()
-            body = message.get("body", b"")
-            if message.get("more_body"):
+            message = _there(receive)
+            body = message.get("body", b"") if message else b""
+            if message is None or message.get("more_body"):
                 body = await self._rest(body, receive)
             if len(body) > self.max_body:
                 raise _too_large(self.max_body)
@@ -151,6 +151,17 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
     token = service.settings.token.get_secret_value()
     return Authorization(app, token) if token else app
+
+
+def _there(receive: Receive) -> MutableMapping[str, Any] | None:
+    """The first message, where it can be had without waiting: then no timer need be set."""
+    waiting: Any = receive()
+    try:
+        waiting.send(None)
+    except StopIteration as found:
+        return found.value
+    waiting.close()
+    return None
 
 
 def _query(scope: Scope) -> dict[str, str]:

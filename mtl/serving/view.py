@@ -169,9 +169,10 @@ class View:
         before = self.unknown_weights if record is None else self._weights_in(bytes(record))
         pending = [p for p in self.overlay.pending(observed, key) if not is_covered(p, self.version, record)]
         weights = self._after(before, pending) if pending else before
-        if len(self._observed) >= self.users_cached:
-            self._observed.clear()
-        self._observed[user] = state, weights
+        if weights.n_events == before.n_events + len(pending):  # else one waits for its input, which may come any time
+            if len(self._observed) >= self.users_cached:
+                self._observed.clear()
+            self._observed[user] = state, weights
         return weights
 
     def weights_of_described(self, attributes: Attributes) -> Weights:

@@ -27,7 +27,22 @@ ROUTES = [
     ("GET", "/v1/popular"),
     ("GET", "/v1/models"),
 ]
-KEYS = ["user", "inputs", "user_attributes", "deadline_ms", "requests", "input", "label", "weight", "event_id", "event_time", "decision_id", "reward", "k", "candidates", "exclude", "exclude_seen", "where", "year", "colour", "age"]
+KEYS = [
+    *("user", "inputs", "user_attributes", "deadline_ms", "requests", "input", "label", "weight", "event_id"),
+    *(
+        "event_time",
+        "decision_id",
+        "reward",
+        "k",
+        "candidates",
+        "exclude",
+        "exclude_seen",
+        "where",
+        "year",
+        "colour",
+        "age",
+    ),
+]
 
 texts = st.one_of(
     st.sampled_from(["u1", "x1", "x2", "red", "nothing", "", " ", "\x00", "2026-01-01", "9" * 400]), st.text()

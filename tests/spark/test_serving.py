@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from problems import planted
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -203,7 +204,7 @@ def test_files_of_one_commit_that_are_applied_in_different_batches(copy: Copy, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Updater, "apply", stop_after_the_first)
-        with pytest.raises(RuntimeError, match="killed"):
+        with pytest.raises(StreamingQueryException, match="killed"):
             update(copy.tables, settings("update.max_files_per_trigger=1"))
     copy.refresh()
     assert 0 < copy.overlay.n_pending() < len(mine)

@@ -38,8 +38,14 @@ class Coverage:
     place: tuple[int, int]  # the first place in the events table (commit, file) that is not contained
     release: int  # the last release that is; −1 where there was none
 
-    def contains(self, landed: tuple[int, int]) -> bool:
-        """Whether an event at a place of the events table is in users, unless it waits."""
+    def contains(self, landed: tuple[int, int], released: int | None = None, was_set_aside: bool = False) -> bool:
+        """Whether an event at a place of the events table is in users.
+
+        Args:
+            released: where the stream had set the event aside, the release that took it; None: none yet.
+        """
+        if was_set_aside:
+            return released is not None and released <= self.release
         return landed < self.place
 
 
@@ -70,22 +76,20 @@ def coverage(source: Source, model_version: int, events_version: int, users_comm
     return Coverage(model_version, place, release)
 
 
-def still_waiting(source: Source, covered: Coverage, events: Collection[str]) -> set[str]:
-    """Those of ``events`` (ids) that the stream set aside and that the covered commit does not have yet."""
+def set_aside(source: Source, model_version: int, events: Collection[str]) -> dict[str, int | None]:
+    """Those of ``events`` (ids) that the stream set aside, with the release that took each, None where none has."""
     if source.version(WAITING) is None:
-        return set()
-    waiting = set()
+        return {}
+    found = {}
     for part in _parts(sorted(events)):
         rows = source.query(
             WAITING,
-            f"select {EVENT_ID}, {RELEASED} from t where {MODEL_VERSION} = {covered.model_version} "
+            f"select {EVENT_ID}, {RELEASED} from t where {MODEL_VERSION} = {model_version} "
             f"and {EVENT_ID} in ({_quoted(part)})",
         )
         for batch in rows:
-            for row in batch.to_pylist():
-                if row[RELEASED] is None or row[RELEASED] > covered.release:
-                    waiting.add(row[EVENT_ID])
-    return waiting
+            found.update({row[EVENT_ID]: row[RELEASED] for row in batch.to_pylist()})
+    return found
 
 
 def known_before(source: Source, table: str, version: int, events: Collection[str]) -> set[str]:

@@ -18,8 +18,6 @@ from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import Loss
 
-_GROUP = 1024  # inputs of which top-k looks at the largest score first
-
 
 class Weights(NamedTuple):
     """What is believed of one user's weights, ready to score with."""
@@ -91,17 +89,19 @@ def linear_scores(columns: Array, user: Weights) -> Array:
 def largest(scores: Array, k: int) -> np.ndarray:
     """Places of the min(k, n) largest finite entries of (n,), the best first.
 
-    The k best are in the k groups of the largest maxima, and only those are looked through (as :mod:`mtl.recommend`).
+    The k best are in the k groups of the largest maxima, and only those are looked through; with groups of √(n/k) both
+    searches are small beside the scores themselves (as :mod:`mtl.recommend` has it for many users at once).
     """
     n = len(scores)
-    groups = n // _GROUP
-    if groups <= 2 * k:
+    size = int((n / k) ** 0.5)
+    if size < 2:
         places = np.arange(n)
     else:
-        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(1)
+        # Group j is j, j + m, j + 2m, …: its maximum is one of elementwise maxima, the cheapest reduction there is.
+        m = n // size
+        maxima = scores[: m * size].reshape(size, m).max(0)
         best = np.argpartition(maxima, -k)[-k:]
-        places = (best[:, None] * _GROUP + np.arange(_GROUP)).ravel()
-        places = np.concatenate([places, np.arange(groups * _GROUP, n)])
+        places = np.concatenate([(best + m * np.arange(size)[:, None]).ravel(), np.arange(m * size, n)])
     values = scores[places]
     if k < len(values):
         chosen = np.argpartition(values, -k)[-k:]

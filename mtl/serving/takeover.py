@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mtl.model import Model
 from mtl.schema import EVENT_ID, EVENTS
-from mtl.serving.coverage import Coverage, coverage, known_before, still_waiting
+from mtl.serving.coverage import Coverage, coverage, known_before, set_aside
 from mtl.serving.overlay import Overlay, is_covered
 from mtl.serving.records import DIGEST_BYTES, prefix
 from mtl.serving.source import Source
@@ -108,15 +108,14 @@ class Takeover:
             cycle: with which the rows of users are about to be written.
             changed: digests of the users that are; None: all. A user that is not has a row that contains the event already.
         """
-        landed = {
-            key: pending
-            for key, pending in self.overlay.every().items()
-            if pending.landed is not None and covered.contains(pending.landed)
-        }
-        waiting = still_waiting(self.source, covered, {p.event.event_id for p in landed.values()}) if landed else set()
+        landed = {key: pending for key, pending in self.overlay.every().items() if pending.landed is not None}
+        ids = {pending.event.event_id for pending in landed.values()}
+        aside = set_aside(self.source, covered.model_version, ids) if ids else {}
         marked = {}
         for key, pending in landed.items():
-            if pending.event.event_id not in waiting:
+            event = pending.event.event_id
+            assert pending.landed is not None
+            if covered.contains(pending.landed, aside.get(event), event in aside):
                 is_written = (changed is None or key[:DIGEST_BYTES] in changed) and pending.landed != NOWHERE
                 pending.covered = (covered.model_version, cycle if is_written else 0)
                 marked[key] = pending

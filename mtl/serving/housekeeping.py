@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtl.config import ServeSettings
+from mtl.errors import MtlError
 from mtl.serving.observations import read, sealed
 from mtl.serving.overlay import Overlay, Status
 from mtl.serving.refresh import Refresher
@@ -32,12 +33,13 @@ def keep_like_the_tables(
         try:
             refresher.refresh()
             if failure:
-                log.info("serve: the tables can be read again")
+                log.info("serve: the tables can be followed again")
             failure, failures = "", 0
-        except UNREADABLE as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        except Exception as error:  # whatever it is, what the store holds is served on
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             if told != failure:
-                log.error("serve: the tables cannot be read, going on with what is in the store: %s", told)
+                is_expected = isinstance(error, (*UNREADABLE, MtlError))
+                log.error("serve: the tables cannot be followed: %s", told, exc_info=not is_expected)
             failure, failures = told, failures + 1
             overlay.tell(Status(overlay.status().checked_at, told))
         if began - cleared > _CLEAR_SECONDS:

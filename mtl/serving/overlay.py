@@ -32,7 +32,7 @@ from mtl.serving.observations import Event
 from mtl.serving.records import DIGEST_BYTES, cycle_of, digest
 
 _SIZE = 8 << 30  # of address space
-_TABLES = (b"meta", b"events", b"revisions", b"ids")
+_TABLES = (b"meta", b"events", b"revisions", b"ids", b"asked")
 _SEQUENCE, _BOOT, _STATUS = b"sequence", b"boot", b"status"
 
 
@@ -67,7 +67,7 @@ class Overlay:
                 subdir=False,
                 sync=False,
             )
-            self._meta, self._events, self._revisions, self._ids = map(self.environment.open_db, _TABLES)
+            self._meta, self._events, self._revisions, self._ids, self._asked = map(self.environment.open_db, _TABLES)
         except lmdb.Error as error:
             raise StateError(f"{folder}: {error}; delete overlay.lmdb there, it is made from the log") from error
 
@@ -103,8 +103,16 @@ class Overlay:
             value = transaction.get(_STATUS, db=self._meta)
             return Status() if value is None else msgspec.msgpack.decode(value, type=Status)
 
-    def has_look_ups(self) -> bool:
-        return any(pending.look_up for pending in self.every().values())
+    def asked(self) -> dict[bytes, Pending]:
+        """Observations of which the events table may have had the id before; :meth:`write` answers."""
+        with self.reading() as transaction:
+            keys = [bytes(key) for key, _ in transaction.cursor(db=self._asked)]
+            found = ((key, transaction.get(key, db=self._events)) for key in keys)
+            return {key: msgspec.msgpack.decode(value, type=Pending) for key, value in found if value is not None}
+
+    def n_asked(self) -> int:
+        with self.reading() as transaction:
+            return transaction.stat(db=self._asked)["entries"]
 
     def n_pending(self) -> int:
         with self.reading() as transaction:
@@ -127,6 +135,8 @@ class Overlay:
                     key = user + _number(sequence)
                     transaction.put(key, msgspec.msgpack.encode(pending), db=self._events)
                     transaction.put(user, _number(sequence), db=self._revisions)
+                    if look_up:
+                        transaction.put(key, b"", db=self._asked)
             transaction.put(_SEQUENCE, _number(sequence), db=self._meta)
         return new
 
@@ -141,6 +151,8 @@ class Overlay:
         with self.environment.begin(write=True) as transaction:
             for key, pending in changed.items():
                 transaction.put(key, msgspec.msgpack.encode(pending), db=self._events)
+                if not pending.look_up:
+                    transaction.delete(key, db=self._asked)
 
     def delete(self, keys: Iterable[bytes]) -> None:
         """Observations that count in their users' rows, or never will; their ids stay known."""
@@ -150,6 +162,7 @@ class Overlay:
                 sequence += 1
                 user = key[:DIGEST_BYTES]
                 transaction.delete(key, db=self._events)
+                transaction.delete(key, db=self._asked)
                 cursor = transaction.cursor(db=self._events)
                 if cursor.set_range(user) and cursor.key()[:DIGEST_BYTES] == user:
                     transaction.put(user, _number(sequence), db=self._revisions)

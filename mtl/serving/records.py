@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,15 +13,6 @@ from mtl.gaussian import Array
 _HEADER = struct.Struct("<qq")  # cycle, number of events
 _PREFIX = struct.Struct(">I")
 DIGEST_BYTES = 16
-
-
-class UserRow(NamedTuple):
-    """What the tables had of one user, ready to score with."""
-
-    cycle: int  # of the refresher, when it wrote the row
-    n_events: int
-    mean: Array  # E[w], (d,)
-    quadratic: Array  # as mtl.serving.scorer has it
 
 
 def digest(identity: str) -> bytes:
@@ -47,11 +37,10 @@ def pack_described(cycle: int, prior_mean: Array) -> bytes:
     return _HEADER.pack(cycle, 0) + prior_mean.tobytes()
 
 
-def unpack_user(record: bytes | memoryview, d: int) -> UserRow:
-    """:func:`is_described_only` tells of a record that has no ``quadratic``: it is empty here."""
-    cycle, n_events = _HEADER.unpack_from(record)
+def unpack_user(record: bytes, d: int) -> tuple[int, Array, Array]:
+    """Number of events, mean (d,), and quadratic as :mod:`mtl.serving.scorer` has it, empty where only attributes are known."""
     values = np.frombuffer(record, np.float64, offset=_HEADER.size)
-    return UserRow(cycle, n_events, values[:d], values[d:])
+    return _HEADER.unpack_from(record)[1], values[:d], values[d:]
 
 
 def is_described_only(record: bytes | memoryview, d: int) -> bool:

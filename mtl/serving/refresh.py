@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from mtl import gaussian, schema
 from mtl.arrow import matrix
+from mtl.errors import StateError
 from mtl.features import from_rows
 from mtl.model import Model, model_of
 from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, MODELS, USER_ATTRIBUTES, USER_ID, USERS
@@ -85,6 +86,7 @@ class Refresher:
         }
         with self.store.reading() as transaction:
             live, before = self.store.live(transaction), self.store.versions(transaction)
+        self._check(before)
         changed = False
         if live is not None:
             changed |= self._read_events(before.get(EVENTS, -1))
@@ -99,6 +101,16 @@ class Refresher:
             changed |= self._follow(live, before)
         self.takeover.delete_covered()
         return changed
+
+    def _check(self, before: dict[str, int]) -> None:
+        """Refuse tables that were made anew: their numbers of commits and versions mean something else."""
+        if self._commits.get(MODELS, -1) < before.get(MODELS, -1) or self._commits.get(EVENTS, -1) < before.get(
+            EVENTS, -1
+        ):
+            raise StateError(
+                f"the tables under {self.source.root} are gone or were made anew; this server goes on with what it has. "
+                f"For the new ones stop it and delete its store, {self.store.folder}"
+            )
 
     # The live version.
 
@@ -207,27 +219,26 @@ class Refresher:
             self._follow_user_attributes(model, before)
         if moved:
             self.store.write_versions(**moved)
-        if time.time() - live.switched_at > GRACE_SECONDS and MODELS not in moved:
-            self._clean(live)
+        self._clean()
         return changed
 
     def _follow_features(self, live: Live, after: int) -> bool:
         try:
-            files = list(self._new_files(FEATURES, after, live.model_version))
+            added = [self.source.rows(FEATURES, file) for file in self._new_files(FEATURES, after, live.model_version)]
         except _Reload:
             log.info("serve: the features table was rewritten: reading it anew")
+            added = None
+        n = live.n_inputs + sum(rows.num_rows for rows in added or ())
+        if added is None or n > live.capacity:
             self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
             return True
-        n, known = live.n_inputs, live
-        for file in files:
-            rows = self.source.rows(FEATURES, file)
-            if n + rows.num_rows > known.capacity:
-                self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
-                return True
-            n = self._append_features(live, n, rows)
-        if n != live.n_inputs:
-            self.store.write_live(replace(live, n_inputs=n))
-        return n != live.n_inputs
+        if n == live.n_inputs:
+            return False
+        first = live.n_inputs
+        for rows in added:
+            first = self._append_features(live, first, rows)
+        self.store.write_live(replace(live, n_inputs=n))
+        return True
 
     def _follow_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
         try:
@@ -287,6 +298,8 @@ class Refresher:
             _Reload: they do not tell all that changed.
         """
         try:
+            if self._commits[table] < after:
+                raise _Reload
             for commit in self.source.commits(table, after, self._commits[table]):
                 if commit.reload:
                     raise _Reload
@@ -332,10 +345,12 @@ class Refresher:
         self.store.write_versions(**{_CYCLE: before[_CYCLE]})
         return before[_CYCLE]
 
-    def _clean(self, live: Live) -> None:
+    def _clean(self) -> None:
+        """Delete versions that no worker reads any more."""
         with self.store.reading() as transaction:
-            current = self.store.live(transaction)
-        self.store.delete_other_versions(current or live)
+            live = self.store.live(transaction)
+        if live is not None and time.time() - live.switched_at > GRACE_SECONDS:
+            self.store.delete_other_versions(live)
 
     def _model_of(self, live: Live) -> Model:
         if self._model is None or self._model.version != live.model_version:

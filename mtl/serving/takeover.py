@@ -32,6 +32,8 @@ class Takeover:
     store: Store
     overlay: Overlay
     _answered: tuple[int, int] | None = None  # commits of users and events at the last question of what users contain
+    _look_up_after: float = 0.0  # a look through all event ids is dear: at most a twentieth of the time
+    _is_marked: bool = True  # whether there may be marks to act on
 
     def not_landed(self) -> dict[str, bytes]:
         """Keys of the observations that were not met in the events table yet, by event id.
@@ -56,18 +58,16 @@ class Takeover:
 
     def asks(self, users: int, events: int) -> bool:
         """Whether observations may be in users of whom that is not known yet, at these commits of users and events."""
-        if (
-            users < 0
-            or not self.overlay.n_pending()
-            or (self._answered == (users, events) and not self.overlay.has_look_ups())
-        ):
+        if users < 0 or not self.overlay.n_pending():
+            return False
+        if self._answered == (users, events) and not (self.overlay.n_asked() and time.time() > self._look_up_after):
             return False
         self._answered = (users, events)
         return True
 
     def forget(self) -> None:
         """After a cycle that was not ended: ask again."""
-        self._answered = None
+        self._answered, self._is_marked = None, True
 
     def coverage(self, model: Model, users: int, events: int) -> Coverage | None:
         """What commit ``users`` of the users table contains; None where no observation asks for it."""
@@ -79,9 +79,9 @@ class Takeover:
 
     def _look_up(self, covered: Coverage, through: int) -> None:
         """Ids that the events table may have had before they were observed here."""
-        asked = {key: pending for key, pending in self.overlay.every().items() if pending.look_up}
-        if not asked or through < 0:
+        if through < 0 or time.time() < self._look_up_after or not (asked := self.overlay.asked()):
             return
+        began = time.time()
         ids = {pending.event.event_id for pending in asked.values()}
         known = known_before(self.source, EVENTS, through, ids)
         places = self._places(known, covered.place[0], through) if known else {}
@@ -90,6 +90,7 @@ class Takeover:
             if pending.event.event_id in known:
                 pending.landed = places.get(pending.event.event_id, NOWHERE)
         self.overlay.write(asked)
+        self._look_up_after = time.time() + 20 * (time.time() - began)
 
     def _places(self, events: set[str], first: int, through: int) -> dict[str, tuple[int, int]]:
         """Where those of ``events`` are that came with the commits from ``first`` on."""
@@ -120,11 +121,12 @@ class Takeover:
                 pending.covered = (covered.model_version, cycle if is_written else 0)
                 marked[key] = pending
         if marked:
+            self._is_marked = True
             self.overlay.write(marked)
 
     def delete_covered(self) -> None:
         """Observations whose user's row in the store contains them."""
-        if not self.overlay.n_pending():
+        if not self._is_marked or not self.overlay.n_pending():
             return
         pending, done = self.overlay.every(), []
         with self.store.reading() as transaction:
@@ -140,3 +142,4 @@ class Takeover:
             self.store.confirm((pending[key].event.event_id for key in done), time.time())
             self.overlay.delete(done)
             log.info("serve: %d observations are in their users' rows", len(done))
+        self._is_marked = False

@@ -24,7 +24,7 @@ from mtl.model import Model, model_of
 from mtl.prior import Prior
 from mtl.serving import scorer
 from mtl.serving.overlay import Overlay, Pending, is_covered
-from mtl.serving.records import cycle_of, digest, is_described_only, prefix, unpack_user
+from mtl.serving.records import cycle_of, digest, prefix, unpack_user
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
@@ -153,10 +153,8 @@ class View:
             return None if record is None else self._weights_in(bytes(record))
 
     def _weights_in(self, record: bytes) -> Weights:
-        row = unpack_user(record, self.d)
-        if is_described_only(record, self.d):
-            return self._of_prior(row.mean)
-        return Weights(row.mean, row.quadratic, row.n_events)
+        n_events, mean, quadratic = unpack_user(record, self.d)
+        return Weights(mean, quadratic, n_events) if len(quadratic) else self._of_prior(mean)
 
     def _with_observations(
         self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction

@@ -110,11 +110,12 @@ def posterior(precision: Array, information: Array) -> Posterior:
     if n <= _FEW:
         for i in range(n):
             factor, failed = dpotrf(precision[i].take(place(d)), overwrite_a=1)
-            if failed:  # NaN too
+            diagonal = factor.diagonal()
+            if failed or not (diagonal > 0).all():  # NaN, which LAPACK may let pass
                 raise np.linalg.LinAlgError(_NOT_DEFINITE)
             covariance[i] = dpotri(factor)[0][rows, columns]
             mean[i] = dpotrs(factor, information[i])[0]
-            log_determinant[i] = -2 * np.log(factor.diagonal()).sum()
+            log_determinant[i] = -2 * np.log(diagonal).sum()
         return Posterior(mean, covariance, log_determinant)
     for part in _parts(n, d):
         inverses, log_determinants = _inverse(precision[part], d)

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,8 @@ class Service:
     view: View | None = None
     checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
     staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
+    # Of its own: feature functions that hang must not keep others from a thread.
+    _evaluators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "evaluate"), init=False)
 
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
@@ -133,7 +136,7 @@ class Service:
         """Features of inputs of which some are to be computed; those that did not come by the deadline (places)."""
         limit = ends or time.monotonic() + (deadline_ms or _DEADLINE_MS) / 1000
         inputs = [str(one) if isinstance(one, int) else one for one in given]
-        computing = asyncio.get_running_loop().run_in_executor(None, view.rows_of, inputs)
+        computing = asyncio.get_running_loop().run_in_executor(self._evaluators, view.rows_of, inputs)
         try:
             return await asyncio.wait_for(computing, max(0.0, limit - time.monotonic())), []
         except asyncio.TimeoutError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mtl.model import Model
@@ -15,7 +16,7 @@ from mtl.schema import EVENT_ID, EVENTS
 from mtl.serving.coverage import Coverage, coverage, known_before, set_aside
 from mtl.serving.overlay import Overlay, is_covered
 from mtl.serving.records import DIGEST_BYTES, prefix
-from mtl.serving.source import Source
+from mtl.serving.source import Expired, Source
 from mtl.serving.store import Store
 
 log = logging.getLogger("mtl")
@@ -93,13 +94,14 @@ class Takeover:
         self._look_up_after = time.time() + 20 * (time.time() - began)
 
     def _places(self, events: set[str], first: int, through: int) -> dict[str, tuple[int, int]]:
-        """Where those of ``events`` are that came with the commits from ``first`` on."""
+        """Where those of ``events`` are that came with the commits from ``first`` on, as far as the log still has them."""
         places = {}
-        for commit in self.source.commits(EVENTS, first - 1, through):
-            for file in commit.files:
-                for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
-                    if event in events:
-                        places[event] = (commit.version, file.index)
+        with suppress(Expired):
+            for commit in self.source.commits(EVENTS, first - 1, through):
+                for file in commit.files:
+                    for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
+                        if event in events:
+                            places[event] = (commit.version, file.index)
         return places
 
     def mark(self, covered: Coverage, cycle: int, changed: set[bytes] | None) -> None:

@@ -13,20 +13,20 @@ from mtl.serving.overlay import Overlay
 
 log = logging.getLogger("mtl")
 
-FEEDBACK = "feedback"  # the folder of rewards, beside the log's segments
-
 
 @dataclass
 class Observer:
     """A thread that waits for the disk so that the event loop does not.
 
     Args:
-        folder: of the log.
+        folder: of the log of observations.
+        feedback: of the log of rewards.
         segment_seconds, segment_bytes: when a segment is handed over to ingest.
     """
 
     overlay: Overlay
     folder: Path
+    feedback: Path
     segment_seconds: float
     segment_bytes: float
     _waiting: list[tuple[Event | Feedback, bool, asyncio.Future[bool]]] = field(default_factory=list)
@@ -37,10 +37,10 @@ class Observer:
         """Recover what workers that died left, then wait for observations."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = recover(self.folder, lambda lines: self.overlay.insert([(event, True) for event in parse(lines)]))
-        found += recover(self.folder / FEEDBACK, lambda lines: None)
+        found += recover(self.feedback, lambda lines: None)
         if found:
             log.info("serve: recovered %d segments of the log", found)
-        self._events, self._rewards = ObservationLog(self.folder), ObservationLog(self.folder / FEEDBACK)
+        self._events, self._rewards = ObservationLog(self.folder), ObservationLog(self.feedback)
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
         self._thread.start()
 

@@ -52,7 +52,8 @@ class Folders:
 
     root: str  # of the tables
     store: Path
-    log: Path
+    log: Path  # of observations
+    feedback: Path  # the log of rewards
 
     @classmethod
     def of(cls, settings: Settings) -> Folders:
@@ -64,7 +65,8 @@ class Folders:
         if not serve.store and "://" in root:
             raise ConfigError("serve.store: name a local folder, for tables in an object store have none beside them")
         store = Path(serve.store or f"{root}/_serving").absolute()
-        return cls(root if "://" in root else os.path.abspath(root), store, Path(serve.log or store / "observations"))
+        observations = Path(serve.log or store / "observations")
+        return cls(root if "://" in root else os.path.abspath(root), store, observations, store / "feedback")
 
 
 def serve(settings: Settings) -> dict[str, Any]:
@@ -181,7 +183,7 @@ async def _work(
     settings: ServeSettings, folders: Folders, listener: socket.socket, tell: Connection, parent: int
 ) -> None:
     store, overlay = Store(folders.store, settings.store_gb, readonly=True), Overlay(folders.store)
-    observer = Observer(overlay, folders.log, settings.segment_seconds, settings.segment_mb * 2**20)
+    observer = Observer(overlay, folders.log, folders.feedback, settings.segment_seconds, settings.segment_mb * 2**20)
     observer.start()
     service = Service(store, overlay, observer, settings, rescore_of(settings))
     service.look()

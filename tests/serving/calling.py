@@ -74,7 +74,7 @@ def calling(folder: Path, *assignments: str, loss: str = "squared") -> Iterator[
     store, overlay = Store(folder, 1), open_overlay(folder, [])
     fill(store, USERS, INPUTS, K, loss)
     store.write_attributes((f"x{i}", {"year": float(i), "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
-    observer = Observer(overlay, folder / "observations", 1000.0, 1e9)
+    observer = Observer(overlay, folder / "observations", folder / "feedback", 1000.0, 1e9)
     observer.start()
     service = Service(store, overlay, observer, settings)
     service.look()

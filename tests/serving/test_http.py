@@ -105,6 +105,13 @@ def test_observe_is_in_the_next_prediction_once_and_on_disk(client: Client) -> N
     assert lines[0]["event_time"] == "2026-01-31T12:00:00+00:00"
 
 
+def test_a_reward_is_on_disk_when_it_is_acknowledged(client: Client) -> None:
+    body = {"decision_id": "d1", "reward": 1.5, "user": "u1"}
+    assert client.ask("POST", "/v1/feedback", body) == (200, {"decision_id": "d1"})
+    hidden = next((client.service.store.folder / "feedback").glob(".open-*"))
+    assert json.loads(hidden.read_bytes())["reward"] == 1.5
+
+
 def test_why_adds_up_to_the_mean(client: Client) -> None:
     _, answer = client.ask("GET", "/v1/users/u5", query="input=x7")
     total = answer["offset"] + sum(one["contribution"] for one in answer["why"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from mtl.errors import ConfigError
 
@@ -138,6 +138,27 @@ class CareSettings(_Section):
     vacuum_every_compactions: int = Field(ge=0)
 
 
+class ServeSettings(_Section):
+    host: str
+    port: int = Field(ge=0, le=65535)
+    workers: int = Field(ge=0)
+    store: str
+    store_gb: float = Field(gt=0)
+    refresh_seconds: float = Field(gt=0)
+    token: SecretStr  # never shown, nor stored with a model's settings
+    max_body_kb: int = Field(ge=1)
+    max_inputs: int = Field(ge=1)
+    max_batch: int = Field(ge=1)
+    max_k: int = Field(ge=1)
+    body_seconds: float = Field(gt=0)
+    users_cached: int = Field(ge=0)
+    log: str
+    segment_seconds: float = Field(gt=0)
+    segment_mb: float = Field(gt=0)
+    remember_hours: float = Field(gt=0)
+    rescore: str
+
+
 class EvaluateSettings(_Section):
     als_ranks: list[int] = Field(min_length=1)
     als_regularization: list[float] = Field(min_length=1)
@@ -164,6 +185,7 @@ class Settings(_Section):
     update: UpdateSettings
     switch: SwitchSettings
     care: CareSettings
+    serve: ServeSettings
     evaluate: EvaluateSettings
     audit: AuditSettings
 
@@ -232,7 +254,7 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
         section, key, *inner = path.strip().split(".", 2) if "." in path else ("", "")
         if not (equals and section and key):
             raise ConfigError(f"--set {assignment}: write section.key=value")
-        value = _value(text.strip(), _type_of(section, key) in ((dict[str, str],) if inner else (str,)))
+        value = _value(text.strip(), _type_of(section, key) in ((dict[str, str],) if inner else (str, SecretStr)))
         _merge(tree, {section: {key: {inner[0]: value} if inner else value}})
     return tree
 

@@ -13,6 +13,7 @@ MovieLens-100K, so there is nothing to tune.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -96,7 +97,7 @@ class Prior:
         """Before anything is learnt: mean 0 and independent entries of one ``variance``."""
         return cls(gram, variance * np.eye(d), np.zeros((len(gram), d)))
 
-    @property
+    @cached_property
     def precision(self) -> Array:
         """S⁻¹, (d, d)."""
         return np.linalg.inv(self.covariance)

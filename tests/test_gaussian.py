@@ -52,9 +52,10 @@ def test_outer_is_the_product_of_every_pair_of_entries(vectors: np.ndarray) -> N
     )
 
 
+@pytest.mark.parametrize("n", [7, 20])  # few, and many
 @pytest.mark.parametrize("d", range(1, 41))
-def test_inverses_and_log_determinants_are_those_of_numpy_for_every_dimension(d: int) -> None:
-    matrices = definite(d, 7, d) * np.geomspace(1e-4, 1e4, 7)[:, None, None]
+def test_inverses_and_log_determinants_are_those_of_numpy_for_every_dimension(d: int, n: int) -> None:
+    matrices = definite(d, n, d) * np.geomspace(1e-4, 1e4, n)[:, None, None]
     inverses, log_determinants = gaussian.inverse(gaussian.pack(matrices), d)
     scale = np.abs(np.linalg.inv(matrices)).max((1, 2))[:, None, None]
     np.testing.assert_allclose(gaussian.unpack(inverses, d) / scale, np.linalg.inv(matrices) / scale, atol=1e-10)
@@ -72,16 +73,17 @@ def test_a_batch_of_any_length_is_inverted_matrix_by_matrix(n: int) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 3, 12, 30, 31, 40])
+@pytest.mark.parametrize("n", [5, 20])  # few, and many
 @pytest.mark.parametrize("flaw", ["negative", "zero", "not a number"])
-def test_one_matrix_that_is_not_definite_is_an_error(d: int, flaw: str) -> None:
-    matrices = definite(1, 5, d)
+def test_one_matrix_that_is_not_definite_is_an_error(d: int, flaw: str, n: int) -> None:
+    matrices = definite(1, n, d)
     matrices[3] = {
         "negative": matrices[3] - (np.linalg.eigvalsh(matrices[3])[0] + 0.5) * np.eye(d),
         "zero": np.zeros((d, d)),
         "not a number": np.full((d, d), np.nan),
     }[flaw]
     with pytest.raises(np.linalg.LinAlgError):
-        gaussian.posterior(gaussian.pack(matrices), np.zeros((5, d)))
+        gaussian.posterior(gaussian.pack(matrices), np.zeros((n, d)))
 
 
 def test_the_posterior_of_a_two_by_two_example_worked_by_hand() -> None:

@@ -1,0 +1,67 @@
+"""The refresher's loop: look at the tables again and again, and clear away what nobody needs any more."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mtl.config import ServeSettings
+from mtl.errors import MtlError
+from mtl.serving.observations import read, sealed
+from mtl.serving.overlay import Overlay, Status
+from mtl.serving.refresh import Refresher
+from mtl.serving.source import UNREADABLE, Source
+from mtl.serving.store import Store
+
+log = logging.getLogger("mtl")
+
+_CLEAR_SECONDS = 60.0  # between two looks for what is old
+_LONGEST_WAIT = 10.0  # seconds between two looks at tables that cannot be read
+
+
+def keep_like_the_tables(
+    settings: ServeSettings, root: str, folder: Path, log_folder: Path, stopped: Callable[[], bool]
+) -> None:
+    """Refresh the store in ``folder`` until ``stopped``."""
+    store, overlay = Store(folder, settings.store_gb), Overlay(folder)
+    refresher = Refresher(Source(root), store, overlay)
+    failure, failures, cleared = "", 0, time.monotonic()
+    while not stopped():
+        began = time.monotonic()
+        try:
+            refresher.refresh()
+            if failure:
+                log.info("serve: the tables can be followed again")
+            failure, failures = "", 0
+        except Exception as error:  # whatever it is, what the store holds is served on
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            if told != failure:
+                is_expected = isinstance(error, (*UNREADABLE, MtlError))
+                log.error("serve: the tables cannot be followed: %s", told, exc_info=not is_expected)
+            failure, failures = told, failures + 1
+            overlay.tell(Status(overlay.status().checked_at, told))
+        if began - cleared > _CLEAR_SECONDS:
+            clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
+            cleared = began
+        pause = min(settings.refresh_seconds * 2**failures, max(_LONGEST_WAIT, settings.refresh_seconds))
+        while not stopped() and (left := began + pause - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+    store.close()
+    overlay.close()
+
+
+def clear_old(store: Store, overlay: Overlay, log_folder: Path, seconds: float) -> int:
+    """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments."""
+    before, deleted = time.time() - seconds, 0
+    old = [path for path in sealed(log_folder) if path.stat().st_mtime < before]
+    if old:
+        waiting = {pending.event.event_id for pending in overlay.every().values()}
+        for path in old:
+            if not any(event.event_id in waiting for event in read([path])):
+                path.unlink(missing_ok=True)
+                deleted += 1
+    overlay.forget_ids(before)
+    store.forget_confirmed(before - seconds)  # a segment may be younger than the first of its events
+    return deleted

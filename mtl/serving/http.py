@@ -1,0 +1,182 @@
+"""The Starlette application of one worker: routes, limits, authorization, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mtl.serving import api, openapi
+from mtl.serving.api import Problem
+from mtl.serving.metrics import Metrics
+from mtl.serving.service import Service
+
+log = logging.getLogger("mtl")
+
+Answer = Callable[[bytes, Scope], Awaitable[bytes] | bytes]
+
+_JSON = (b"content-type", b"application/json")
+_encode = msgspec.json.Encoder().encode
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # for probes, which bring no token
+
+
+class Endpoint:
+    """One route as a plain ASGI application: read the body within its limits, answer, count.
+
+    Starlette's own request and response objects cost as much as a prediction.
+    """
+
+    def __init__(self, name: str, answer: Answer, service: Service, metrics: Metrics):
+        self.answer, self.settings = answer, service.settings
+        self.observe = metrics.of(name)
+        self.max_body = service.settings.max_body_kb * 1024
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        status = 200
+        headers: tuple[tuple[bytes, bytes], ...] = ()
+        try:
+            message = _there(receive)
+            body = message.get("body", b"") if message else b""
+            if message is None or message.get("more_body"):
+                body = await self._rest(body, receive)
+            if len(body) > self.max_body:
+                raise _too_large(self.max_body)
+            answer = self.answer(body, scope)
+            content = answer if isinstance(answer, bytes) else await answer
+        except Problem as problem:
+            status, headers = problem.status, problem.headers
+            content = _encode(api.ErrorBody(problem.error, problem.message))
+        except Exception:
+            log.exception("serve: %s failed", scope["path"])
+            status, content = 500, _encode(api.ErrorBody("internal", "the server failed; its log says why"))
+        length = (b"content-length", str(len(content)).encode())
+        await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
+        await send({"type": "http.response.body", "body": content})
+        self.observe(status, time.perf_counter() - started)
+
+    async def _rest(self, body: bytes, receive: Receive) -> bytes:
+        parts, size = [body], len(body)
+        try:
+            while True:
+                message = await asyncio.wait_for(receive(), self.settings.body_seconds)
+                if message["type"] == "http.disconnect":
+                    raise Problem(400, "incomplete", "the connection closed before the body was there")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > self.max_body:
+                    raise _too_large(self.max_body)
+                if not message.get("more_body"):
+                    return b"".join(parts)
+        except asyncio.TimeoutError:
+            raise Problem(408, "slow_body", "the body did not come in time (serve.body_seconds)") from None
+
+
+class Authorization:
+    """Only requests with the bearer token pass, but for health checks."""
+
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self.expected):
+                content = _encode(api.ErrorBody("unauthorized", "a bearer token is wanted in the header Authorization"))
+                response = Response(content, 401, {"www-authenticate": "Bearer"}, "application/json")
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def application(service: Service, metrics: Metrics) -> ASGIApp:
+    """All routes over one service."""
+
+    def endpoint(name: str, answer: Answer) -> Endpoint:
+        return Endpoint(name, answer, service, metrics)
+
+    def body(work: Callable[[bytes], Awaitable[bytes] | bytes]) -> Answer:
+        return lambda content, scope: work(content)
+
+    def query(work: Callable[[dict[str, str]], Awaitable[bytes]]) -> Answer:
+        return lambda content, scope: work(_query(scope))
+
+    def named(work: Callable[[str, dict[str, str]], Awaitable[bytes]]) -> Answer:
+        return lambda content, scope: work(scope["path_params"]["id"], _query(scope))
+
+    async def top(content: bytes, scope: Scope) -> bytes:
+        return await (service.top(content) if scope["method"] == "POST" else service.top_by_query(_query(scope)))
+
+    def health(content: bytes, scope: Scope) -> bytes:
+        return _HEALTHY
+
+    def ready(content: bytes, scope: Scope) -> bytes:
+        state = service.ready()
+        if not state.ready:
+            raise Problem(503, "not_ready", state.reason, ((b"retry-after", b"1"),))
+        return _encode(state)
+
+    def schema(content: bytes, scope: Scope) -> bytes:
+        return _OPENAPI
+
+    routes = [
+        Route("/v1/predict", endpoint("predict", body(service.predict)), methods=["POST"]),
+        Route("/v1/observe", endpoint("observe", body(service.observe)), methods=["POST"]),
+        Route("/v1/top", endpoint("top", top), methods=["GET", "POST"]),
+        Route("/v1/predict/batch", endpoint("predict_batch", body(service.predict_batch)), methods=["POST"]),
+        Route("/v1/feedback", endpoint("feedback", body(service.feedback)), methods=["POST"]),
+        Route("/v1/users/{id:path}", endpoint("user", named(service.user)), methods=["GET"]),
+        Route("/v1/inputs/{id:path}", endpoint("input", named(service.input)), methods=["GET"]),
+        Route("/v1/similar", endpoint("similar", query(service.similar)), methods=["GET"]),
+        Route("/v1/popular", endpoint("popular", query(service.popular)), methods=["GET"]),
+        Route("/v1/models", endpoint("models", query(service.models)), methods=["GET"]),
+        Route("/healthz", endpoint("healthz", health), methods=["GET", "POST"]),
+        Route("/readyz", endpoint("readyz", ready), methods=["GET"]),
+        Route("/openapi.json", endpoint("openapi", schema), methods=["GET"]),
+        Route("/metrics", lambda request: Response(metrics.text(), media_type=metrics.media_type)),
+        Route("/docs", lambda request: Response(openapi.page(), media_type="text/html")),
+    ]
+    app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    token = service.settings.token.get_secret_value()
+    return Authorization(app, token) if token else app
+
+
+def _there(receive: Receive) -> MutableMapping[str, Any] | None:
+    """The first message, where it can be had without waiting: then no timer need be set."""
+    waiting: Any = receive()
+    try:
+        waiting.send(None)
+    except StopIteration as found:
+        return found.value
+    waiting.close()
+    return None
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    """Parameters of the URL; of one that comes twice the last."""
+    return dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, "too_large", f"the body is larger than {limit // 1024} KB (serve.max_body_kb)")
+
+
+def _http_error(request: Request, error: Any) -> Response:
+    body = api.ErrorBody("not_found" if error.status_code == 404 else "bad_request", str(error.detail))
+    return Response(_encode(body), error.status_code, error.headers, "application/json")
+
+
+_HEALTHY = _encode(api.HealthAnswer("ok"))
+_OPENAPI = _encode(openapi.document())

@@ -1,0 +1,182 @@
+"""The durable log of observations: segments of JSON lines, which jobs/ingest.py reads as a source.
+
+A worker appends to a segment of its own, whose name begins with a dot: ingest passes over it. When it is old or large
+enough, and everything in it is in the overlay, it is *sealed* by a rename and never changes again. A segment whose worker
+died (nobody holds its lock) is recovered by the next that starts: a torn last line was never acknowledged and is cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+_OPEN, _SEALED, _ENDING = ".open-", "observed-", ".jsonl"
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of the log, in the columns of the events table."""
+
+    event_id: str
+    user_id: str
+    input_id: str
+    label: float
+    weight: float
+    event_time: str  # ISO 8601, UTC
+
+
+class Feedback(msgspec.Struct, frozen=True):
+    """The reward of a decision, a line of the log of feedback."""
+
+    decision_id: str
+    reward: float
+    user_id: str | None
+    input_id: str | None
+    event_time: str
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Event).decode
+
+
+@dataclass
+class ObservationLog:
+    """Segments in one folder; one writer an instance."""
+
+    folder: Path
+    _file: int | None = field(default=None, init=False)  # descriptor of the open segment
+    _path: Path = field(init=False)
+    _opened_at: float = field(default=0.0, init=False)
+    size: int = field(default=0, init=False)  # bytes of the open segment that are on disk
+
+    def append(self, rows: Sequence[msgspec.Struct]) -> None:
+        """Write rows, a line each, and wait until they are on disk.
+
+        Raises:
+            OSError: they may not be; what was written of them is cut off where that can be done.
+        """
+        if self._file is None:
+            self._file = self._open()
+        lines = b"".join(_encode(row) + b"\n" for row in rows)
+        try:
+            _write(self._file, lines)
+            os.fsync(self._file)
+        except OSError:
+            self._abandon()
+            raise
+        self.size += len(lines)
+
+    def age(self) -> float:
+        """Seconds since the open segment was begun; 0 where there is none."""
+        return time.monotonic() - self._opened_at if self._file is not None else 0.0
+
+    def seal(self) -> None:
+        """Hand the open segment over to ingest; all its events must be in the overlay."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            if self.size:
+                _rename(self._path)
+            else:
+                self._path.unlink(missing_ok=True)
+        finally:
+            os.close(file)
+
+    def _open(self) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._path = self.folder / f"{_OPEN}{uuid.uuid4().hex}{_ENDING}"
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self._path.exists():  # a recovery may have found it before it was locked
+                break
+            os.close(file)
+        _sync_folder(self.folder)
+        self._opened_at, self.size = time.monotonic(), 0
+        return file
+
+    def _abandon(self) -> None:
+        """After a failed write nothing is known of the file's end but the size that was synced."""
+        assert self._file is not None
+        try:
+            os.ftruncate(self._file, self.size)
+            os.fsync(self._file)
+            self.seal()
+        except OSError:
+            if self._file is not None:
+                os.close(self._file)  # left to be recovered
+            self._file = None
+
+
+def recover(folder: Path, keep: Callable[[list[bytes]], object]) -> int:
+    """Seal the segments whose workers died, after ``keep`` has taken their lines; how many there were."""
+    found = 0
+    for path in sorted(folder.glob(f"{_OPEN}*{_ENDING}")):
+        with suppress(FileNotFoundError), open(path, "r+b") as file:
+            found += _recover_one(path, file, keep)
+    return found
+
+
+def _recover_one(path: Path, file: BinaryIO, keep: Callable[[list[bytes]], object]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # its worker lives
+    if not path.exists():
+        return False  # another process has just sealed it
+    text = file.read()
+    whole = text.rfind(b"\n") + 1
+    file.truncate(whole)
+    os.fsync(file.fileno())
+    if whole:
+        keep(text[:whole].split(b"\n")[:-1])
+        _rename(path)
+    else:
+        path.unlink()
+    return True
+
+
+def sealed(folder: Path) -> list[Path]:
+    """The segments that are ingest's, the oldest first."""
+    return sorted(folder.glob(f"{_SEALED}*{_ENDING}"))
+
+
+def parse(lines: Iterable[bytes]) -> list[Event]:
+    return [_decode(line) for line in lines]
+
+
+def read(paths: Iterable[Path]) -> Iterator[Event]:
+    """Events of sealed segments."""
+    for path in paths:
+        with open(path, "rb") as file:
+            for line in file:
+                yield _decode(line)
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _rename(path: Path) -> None:
+    name = path.name.removeprefix(_OPEN).removesuffix(_ENDING)
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    path.rename(path.with_name(f"{_SEALED}{stamp}-{name}{_ENDING}"))
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

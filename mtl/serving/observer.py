@@ -1,0 +1,111 @@
+"""Observations of one worker: written to the log, many to a sync, then put where every worker sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtl.serving.observations import Event, Feedback, ObservationLog, parse, recover
+from mtl.serving.overlay import Overlay
+
+log = logging.getLogger("mtl")
+
+
+@dataclass
+class Observer:
+    """A thread that waits for the disk so that the event loop does not.
+
+    Args:
+        folder: of the log of observations.
+        feedback: of the log of rewards.
+        segment_seconds, segment_bytes: when a segment is handed over to ingest.
+    """
+
+    overlay: Overlay
+    folder: Path
+    feedback: Path
+    segment_seconds: float
+    segment_bytes: float
+    _waiting: list[tuple[Event | Feedback, bool, asyncio.Future[bool]]] = field(default_factory=list)
+    _condition: threading.Condition = field(default_factory=threading.Condition)
+    _stopped: bool = False
+
+    def start(self) -> None:
+        """Recover what workers that died left, then wait for observations."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = recover(self.folder, lambda lines: self.overlay.insert([(event, True) for event in parse(lines)]))
+        found += recover(self.feedback, lambda lines: None)
+        if found:
+            log.info("serve: recovered %d segments of the log", found)
+        self._events, self._rewards = ObservationLog(self.folder), ObservationLog(self.feedback)
+        self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what waits and hand the segments over."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+        self._thread.join()
+
+    async def add(self, row: Event | Feedback, look_up: bool) -> bool:
+        """Whether the row is new, once it is on disk and every worker sees it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        with self._condition:
+            self._waiting.append((row, look_up, done))
+            self._condition.notify()
+        return await done
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._waiting and not self._stopped:
+                    self._condition.wait(1.0)
+                    self._seal_old()
+                group, self._waiting = self._waiting, []
+                if not group and self._stopped:
+                    break
+            try:
+                new = self._write(group)
+            except Exception as error:
+                log.error("serve: observations could not be written: %s", error)
+                for _, _, done in group:
+                    _resolve(done, error)
+            else:
+                for (_, _, done), is_new in zip(group, new, strict=True):
+                    _resolve(done, is_new)
+            self._seal_old()
+        self._events.seal()
+        self._rewards.seal()
+
+    def _write(self, group: list[tuple[Event | Feedback, bool, asyncio.Future[bool]]]) -> list[bool]:
+        rewards = [row for row, _, _ in group if isinstance(row, Feedback)]
+        if rewards:
+            self._rewards.append(rewards)
+        offered = [(row, look_up) for row, look_up, _ in group if isinstance(row, Event)]
+        unknown = {row.event_id: row for row, _ in offered if not self.overlay.knows(row.event_id)}
+        if unknown:
+            self._events.append(list(unknown.values()))
+        # A row whose id came twice at once is in the log once, and new once.
+        new = iter(self.overlay.insert(offered)) if offered else iter(())
+        return [next(new) if isinstance(row, Event) else True for row, _, _ in group]
+
+    def _seal_old(self) -> None:
+        for segment in (self._events, self._rewards):
+            if segment.age() > self.segment_seconds or segment.size > self.segment_bytes:
+                segment.seal()
+
+
+def _resolve(done: asyncio.Future[bool], outcome: bool | Exception) -> None:
+    def tell() -> None:
+        if not done.done():
+            done.set_exception(outcome) if isinstance(outcome, Exception) else done.set_result(outcome)
+
+    done.get_loop().call_soon_threadsafe(tell)

@@ -1,0 +1,108 @@
+"""What a client sent, decoded and checked; what is wrong with it is a :class:`mtl.serving.api.Problem`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import TypeVar
+
+import msgspec
+
+from mtl.losses import Loss
+from mtl.serving import api
+from mtl.serving.api import Problem
+
+MAX_ID = 1000  # characters
+DEFAULT_K = 10
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+PREDICT = msgspec.json.Decoder(api.PredictRequest)
+BATCH = msgspec.json.Decoder(api.BatchRequest)
+TOP = msgspec.json.Decoder(api.TopRequest)
+OBSERVE = msgspec.json.Decoder(api.ObserveRequest)
+FEEDBACK = msgspec.json.Decoder(api.FeedbackRequest)
+
+
+def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise Problem(422, "bad_request", str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, "bad_json", f"the body is no JSON: {error}") from error
+
+
+def too_many(what: str, n: int, limit: int, setting: str) -> Problem:
+    return Problem(413, "too_many", f"{n} {what}: at most {limit} ({setting})")
+
+
+def identity_of(name: str, identity: str | int) -> str:
+    text = str(identity)
+    if not text.strip():
+        raise Problem(422, f"bad_{name}", f"{name} is empty")
+    if len(text) > MAX_ID:
+        raise Problem(422, f"bad_{name}", f"{name} has {len(text)} characters: at most {MAX_ID}")
+    return text
+
+
+def moment_of(text: str | None) -> str:
+    if text is None:
+        return datetime.now(timezone.utc).isoformat()
+    try:
+        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.astimezone(timezone.utc).isoformat()
+    except (ValueError, OverflowError) as error:
+        raise Problem(
+            422, "bad_event_time", f"event_time {text[:40]!r}: ISO 8601 is wanted, such as 2026-01-31T12:00:00Z"
+        ) from error
+
+
+def allow(query: Mapping[str, str], *names: str) -> None:
+    for name in query:
+        if name not in names:
+            there = ", ".join(names) or "none"
+            raise Problem(422, "bad_query", f"unknown parameter {name[:40]!r}; there are: {there}")
+
+
+def text_of(query: Mapping[str, str], name: str) -> str:
+    if not query.get(name):
+        raise Problem(422, "bad_query", f"the parameter {name} is missing")
+    return query[name]
+
+
+def flag_of(query: Mapping[str, str], name: str) -> bool:
+    value = query.get(name, "false")
+    if value not in ("true", "false"):
+        raise Problem(422, "bad_query", f"{name} = {value[:20]!r}: true or false")
+    return value == "true"
+
+
+def k_of(query: Mapping[str, str], most: int) -> int:
+    text = query.get("k", str(DEFAULT_K))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise Problem(422, "bad_k", f"k = {text[:20]!r}: a whole number is wanted")
+    return checked_k(int(text), most)
+
+
+def checked_k(k: int, most: int) -> int:
+    if not 1 <= k <= most:
+        raise Problem(422, "bad_k", f"k = {k}: from 1 to {most} (serve.max_k)")
+    return k
+
+
+def finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise Problem(422, f"bad_{name}", f"{name} {value}: a finite number is wanted")
+    return value + 0.0  # −0 is 0, as ingest has it
+
+
+def check_event(request: api.ObserveRequest, loss: Loss) -> None:
+    """Refuse what ingest would put into quarantine."""
+    label, weight = finite("label", request.label), finite("weight", request.weight)
+    if (reason := loss.refusal(label, label, label == math.floor(label))) is not None:
+        raise Problem(422, "bad_label", f"label {label}: a model of {loss.name} loss takes no {reason}")
+    if weight <= 0:
+        raise Problem(422, "bad_weight", f"weight {weight}: a number above 0 is wanted")

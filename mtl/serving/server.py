@@ -1,0 +1,343 @@
+"""The server's processes: one refresher and several workers under a supervisor that starts anew what dies.
+
+All workers accept from one listening socket, so that connections waiting to be accepted outlive a worker. Workers are
+started before the first look at the tables: what the store holds is served at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from threadpoolctl import threadpool_limits
+
+from mtl.config import ServeSettings, Settings
+from mtl.errors import ConfigError, StateError
+from mtl.serving import metrics
+from mtl.serving.http import application
+from mtl.serving.observations import read, sealed
+from mtl.serving.observer import Observer
+from mtl.serving.overlay import Overlay, open_overlay
+from mtl.serving.service import MAX_VERSION_AGE, Rescore, Service
+from mtl.serving.store import Store
+from mtl.serving.wire import Protocol
+
+log = logging.getLogger("mtl")
+
+_BACKLOG = 2048
+_GRACE_SECONDS = 10  # for requests in hand when the server ends
+_RESTART_SECONDS = 0.5  # at least between two starts of one process
+_ROOT = "tables.txt"  # in the store: whose copy it is
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the server keeps things."""
+
+    root: str  # of the tables
+    store: Path
+    log: Path  # of observations
+    feedback: Path  # the log of rewards
+
+    @classmethod
+    def of(cls, settings: Settings) -> Folders:
+        """
+        Raises:
+            ConfigError: no folder follows from the settings.
+        """
+        root, serve = settings.tables.root, settings.serve
+        if not serve.store and "://" in root:
+            raise ConfigError("serve.store: name a local folder, for tables in an object store have none beside them")
+        store = Path(serve.store or f"{root}/_serving").absolute()
+        observations = Path(serve.log or store / "observations")
+        return cls(root if "://" in root else os.path.abspath(root), store, observations, store / "feedback")
+
+
+def serve(settings: Settings) -> dict[str, Any]:
+    """Answer requests until SIGTERM or SIGINT.
+
+    Returns:
+        seconds, restarts (of processes that died) and model_version (the last one shown, None where there was none).
+
+    Raises:
+        ConfigError: a setting cannot be used, or the address is taken.
+        StateError: the store is in use, of other tables, or damaged.
+    """
+    started = time.monotonic()
+    folders = Folders.of(settings)
+    rescore_of(settings.serve)  # a mistake in the name is found here
+    with _locked(folders), _listening(settings.serve) as listener:
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        metrics.share(folders.store / "metrics")
+        store = Store(folders.store, settings.serve.store_gb)
+        open_overlay(folders.store, read(sealed(folders.log)), store.is_confirmed).close()
+        store.close()
+        supervisor = Supervisor(settings, folders, listener)
+        supervisor.run()
+    return {
+        "seconds": round(time.monotonic() - started, 3),
+        "restarts": supervisor.restarts,
+        "model_version": _version_shown(folders, settings.serve),
+    }
+
+
+@dataclass
+class Supervisor:
+    """Starts the processes, and starts anew those that die, until it is told to stop."""
+
+    settings: Settings
+    folders: Folders
+    listener: socket.socket
+    restarts: int = 0
+    _stopped: bool = False
+    _processes: dict[str, tuple[Any, Connection, float]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        wake, woken = multiprocessing.Pipe(duplex=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop(woken))
+        workers = self.settings.serve.workers or os.cpu_count() or 1
+        work: dict[str, Callable[..., None]] = {f"worker-{i}": run_worker for i in range(workers)}
+        work["refresher"] = run_refresher
+        for name in work:
+            self._start(name, work[name])
+        starting = {f"worker-{i}" for i in range(workers)}
+        log.info("serve: listening on http://%s:%d", *self.listener.getsockname()[:2])
+        try:
+            while not self._stopped:
+                sentinels = {process.sentinel: name for name, (process, _, _) in self._processes.items()}
+                pipes = {self._processes[name][1]: name for name in starting}
+                for ready in wait([*sentinels, *pipes, wake]):
+                    if ready in pipes and ready not in sentinels:
+                        name = pipes[ready]
+                        if _said(ready):
+                            starting.discard(name)
+                            if not starting:
+                                self._tell(workers)
+                    elif ready in sentinels and not self._stopped:
+                        self._restart(sentinels[ready], work)
+        finally:
+            self._end()
+
+    def _start(self, name: str, target: Callable[..., None]) -> None:
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        told, tell = context.Pipe(duplex=False)
+        arguments = (self.settings, self.folders, self.listener, tell, os.getpid())
+        process = context.Process(target=target, args=arguments, name=name, daemon=True)
+        process.start()
+        tell.close()
+        self._processes[name] = (process, told, time.monotonic())
+
+    def _restart(self, name: str, work: dict[str, Callable[..., None]]) -> None:
+        process, told, since = self._processes[name]
+        process.join()
+        told.close()
+        log.error("serve: %s ended with status %s: starting it anew", name, process.exitcode)
+        time.sleep(max(0.0, _RESTART_SECONDS - (time.monotonic() - since)))
+        self.restarts += 1
+        self._start(name, work[name])
+
+    def _tell(self, workers: int) -> None:
+        host, port = self.listener.getsockname()[:2]
+        version = _version_shown(self.folders, self.settings.serve)
+        log.info("serve: ready on http://%s:%d with model version %s, %d workers", host, port, version, workers)
+
+    def _stop(self, woken: Connection) -> None:
+        self._stopped = True
+        woken.send_bytes(b"stop")
+
+    def _end(self) -> None:
+        for process, _, _ in self._processes.values():
+            process.terminate()
+        ends = time.monotonic() + _GRACE_SECONDS + 2
+        for process, _, _ in self._processes.values():
+            process.join(max(0.1, ends - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def run_worker(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
+    """Answer requests until SIGTERM, or until the supervisor is gone."""
+    threadpool_limits(1)  # workers are as many as cores
+    asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())
+
+
+async def _work(
+    settings: ServeSettings, folders: Folders, listener: socket.socket, tell: Connection, parent: int
+) -> None:
+    store, overlay = Store(folders.store, settings.store_gb, readonly=True), Overlay(folders.store)
+    observer = Observer(overlay, folders.log, folders.feedback, settings.segment_seconds, settings.segment_mb * 2**20)
+    observer.start()
+    service = Service(store, overlay, observer, settings, rescore_of(settings))
+    service.look()
+    measured = metrics.Metrics(lambda: _state(service))
+    config = uvicorn.Config(
+        application(service, measured),
+        http=Protocol,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # the supervisor's matter
+    gc.collect()
+    gc.freeze()  # what was loaded stays: the collector need not visit it
+    gc.set_threshold(20_000, 20, 50)
+    looking = asyncio.create_task(_keep_looking(service, tell, parent, stop))
+    await server.serve(sockets=[listener])
+    looking.cancel()
+    await loop.run_in_executor(None, observer.stop)
+
+
+async def _keep_looking(service: Service, tell: Connection, parent: int, stop: Callable[[], None]) -> None:
+    loop, told = asyncio.get_running_loop(), False
+    while os.getppid() == parent:
+        if service.view is not None and not told:
+            tell.send_bytes(b"ready")
+            told = True
+        try:
+            await loop.run_in_executor(None, service.look)
+        except Exception:
+            log.exception("serve: what the store shows now cannot be opened; going on with what it showed")
+        await asyncio.sleep(MAX_VERSION_AGE)
+    stop()
+
+
+def run_refresher(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
+    """Keep the store like the tables until SIGTERM, or until the supervisor is gone."""
+    listener.close()
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What reads Delta is loaded here alone: the workers start without it.
+    from mtl.serving.housekeeping import keep_like_the_tables
+
+    keep_like_the_tables(
+        settings.serve, folders.root, folders.store, folders.log, lambda: stopped or os.getppid() != parent
+    )
+
+
+class _Server(uvicorn.Server):
+    """Signals are the worker's matter: uvicorn would raise them again before the log is handed over."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def rescore_of(settings: ServeSettings) -> Rescore | None:
+    """
+    Raises:
+        ConfigError: serve.rescore names nothing that can be called.
+    """
+    if not settings.rescore:
+        return None
+    module, _, name = settings.rescore.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"serve.rescore = {settings.rescore!r}: {error}; write package.module:function") from error
+
+
+def _state(service: Service) -> dict[str, tuple[str, float]]:
+    return {
+        "mtl_model_version": ("Model version shown, 0 for none.", service.view.version if service.view else 0),
+        "mtl_staleness_seconds": ("Since store and tables last agreed.", max(0.0, time.time() - service.checked_at)),
+        "mtl_unconfirmed_observations": ("Observations not in their users' rows yet.", service.overlay.n_pending()),
+        "mtl_inputs": ("Inputs with features.", len(service.view.rows) if service.view else 0),
+    }
+
+
+def _loop() -> dict[str, Any]:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return {}
+    if sys.version_info < (3, 12):
+        uvloop.install()
+        return {}
+    return {"loop_factory": uvloop.new_event_loop}
+
+
+def _version_shown(folders: Folders, settings: ServeSettings) -> int | None:
+    store = Store(folders.store, settings.store_gb, readonly=True)
+    try:
+        with store.reading() as transaction:
+            live = store.live(transaction)
+        return None if live is None else live.model_version
+    finally:
+        store.close()
+
+
+@contextmanager
+def _locked(folders: Folders) -> Iterator[None]:
+    """One server a store, and one root of tables."""
+    folders.store.mkdir(parents=True, exist_ok=True)
+    with open(folders.store / "lock", "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(
+                f"another server runs on {folders.store}: give this one a serve.store of its own"
+            ) from None
+        mark = folders.store / _ROOT
+        if mark.exists() and mark.read_text() != folders.root:
+            raise StateError(
+                f"{folders.store} is the copy of the tables under {mark.read_text()}, not of {folders.root}: name another "
+                f"serve.store, or delete it"
+            )
+        mark.write_text(folders.root)
+        yield
+
+
+@contextmanager
+def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
+    with listener:
+        listener.listen(_BACKLOG)
+        yield listener
+
+
+def _said(pipe: Any) -> bool:
+    try:
+        return bool(pipe.recv_bytes())
+    except EOFError:
+        return False  # it died; its sentinel tells as well

@@ -1,0 +1,372 @@
+"""What a worker answers from: one model version, the features of its inputs, and users with what was observed of them.
+
+A view is of one version throughout; :func:`open_view` makes the next one when the store shows another. Here are the two
+places where an answer is made: :meth:`View.rows_of` (features of the inputs of a request) and :meth:`View.score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+import pandas as pd
+
+from mtl import blocks, gaussian
+from mtl.features import Features
+from mtl.forms import partly_given
+from mtl.gaussian import Array
+from mtl.losses import LOSSES, Loss
+from mtl.model import Model, model_of
+from mtl.prior import Prior
+from mtl.serving import scorer
+from mtl.serving.overlay import Overlay, Pending, is_covered
+from mtl.serving.records import cycle_of, digest, prefix, unpack_user
+from mtl.serving.scorer import Weights
+from mtl.serving.store import Live, Store, read_features
+from mtl.working import settle
+
+Attributes = Mapping[str, Any]
+
+_FILTERS = 100  # attributes of which the inputs that lack them are remembered
+_SLACK = 32  # neighbours beyond k that are looked at in double precision
+_INDEX_LIMIT = 1_000_000  # ids of inputs whose row is remembered
+
+
+class Inputs(NamedTuple):
+    """Features of the inputs of one request."""
+
+    rows: Array  # (n, width)
+    known: list[bool]  # whether each is an input with features or attributes
+
+
+@dataclass
+class View:
+    """One model version as the store shows it."""
+
+    live: Live
+    model: Model
+    store: Store
+    overlay: Overlay
+    users_cached: int
+    rows: Array = field(repr=False)  # features of all inputs, (n, width)
+    top: Array = field(repr=False)  # (d, n)
+    _index: dict[str, int] = field(default_factory=dict, repr=False)
+    _lacking: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+    _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.d, self.version = self.model.d, self.model.version
+        self.loss: Loss = LOSSES[self.model.loss]
+        self._prefix, self._generation = prefix(self.version), prefix(self.live.generation)
+
+    # Inputs.
+
+    def gather(self, inputs: Sequence[Any]) -> Array | None:
+        """Features of inputs by their ids, (n, width); None where one of them has none yet."""
+        index = self._index
+        try:
+            return self.rows.take([index[i] for i in inputs], 0)
+        except (KeyError, TypeError):  # one that was not asked for before, or attributes
+            pass
+        with self.store.reading() as transaction:
+            found = (None if isinstance(i, dict) else self.row_of(str(i), transaction) for i in inputs)
+            rows = [row for row in found if row is not None]
+        return self.rows.take(rows, 0) if len(rows) == len(inputs) else None
+
+    def rows_of(self, inputs: Sequence[str | Attributes]) -> Inputs:
+        """Features of inputs, given by ids or by attributes, computed where there are none.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
+        found, described = self._at_hand(inputs)
+        if described:
+            found.rows[list(described)] = self.evaluate(list(described.values()))
+        return found
+
+    def rows_at_hand(self, inputs: Sequence[str | Attributes]) -> tuple[Inputs, list[int]]:
+        """Features of inputs as far as nothing need be computed; for the others (places) those of an unknown input."""
+        found, described = self._at_hand(inputs)
+        found.rows[list(described)] = self.unknown_input
+        return found, list(described)
+
+    def _at_hand(self, inputs: Sequence[str | Attributes]) -> tuple[Inputs, dict[int, Attributes]]:
+        """Rows, those to be computed left open, and the attributes by place to compute them from."""
+        rows, known = np.empty((len(inputs), scorer.width(self.d))), [True] * len(inputs)
+        described: dict[int, Attributes] = {}
+        with self.store.reading() as transaction:
+            for i, given in enumerate(inputs):
+                if not isinstance(given, str):
+                    described[i] = given
+                elif (row := self.row_of(given, transaction)) is not None:
+                    rows[i] = self.rows[row]
+                elif (attributes := self.store.attributes(transaction, given)) is not None:
+                    described[i] = attributes
+                else:
+                    rows[i], known[i] = self.unknown_input, False
+        return Inputs(rows, known), described
+
+    def row_of(self, identity: str, transaction: lmdb.Transaction) -> int | None:
+        """Where an input's features are; None where it has none."""
+        row = self._index.get(identity)
+        if row is None:
+            row = self.store.input_row(transaction, self._generation, digest(identity))
+            if row is None or row >= len(self.rows):
+                return None
+            if len(self._index) >= _INDEX_LIMIT:
+                self._index.clear()
+            self._index[identity] = row
+        return row
+
+    def evaluate(self, attributes: Sequence[Attributes]) -> Array:
+        """Features of inputs by the oracle, from their attributes alone: (n, width). The dear path.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
+        try:
+            return scorer.feature_rows(self.model.features_of_new(_frame(attributes)))
+        except (TypeError, ValueError) as error:
+            raise EncodingError(str(error)) from error
+
+    @cached_property
+    def unknown_input(self) -> Array:
+        """Features of an input of which nothing is known, (width,)."""
+        return self.evaluate([{}])[0]
+
+    # Users.
+
+    def weights_of(self, user: str) -> Weights | None:
+        """What is believed of a user now, observations included; None where nothing is known of the user."""
+        key = digest(user)
+        # In this order: see mtl.serving.overlay.
+        with self.overlay.reading() as observed, self.store.reading() as stored:
+            revision = self.overlay.revision(observed, key)
+            record = self.store.user(stored, self._prefix, key)
+            if revision is not None:
+                return self._with_observations(user, key, revision, record, observed)
+            # The store's pages are its own again when the transaction ends.
+            return None if record is None else self._weights_in(bytes(record))
+
+    def _weights_in(self, record: bytes) -> Weights:
+        n_events, mean, quadratic = unpack_user(record, self.d)
+        return Weights(mean, quadratic, n_events) if len(quadratic) else self._of_prior(mean)
+
+    def _with_observations(
+        self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction
+    ) -> Weights:
+        """The user's row and what was observed since; kept until either changes."""
+        state = (revision, None if record is None else cycle_of(record))
+        kept = self._observed.get(user)
+        if kept is not None and kept[0] == state:
+            return kept[1]
+        before = self.unknown_weights if record is None else self._weights_in(bytes(record))
+        pending = [p for p in self.overlay.pending(observed, key) if not is_covered(p, self.version, record)]
+        weights = self._after(before, pending) if pending else before
+        if weights.n_events == before.n_events + len(pending):  # else one waits for its input, which may come any time
+            if len(self._observed) >= self.users_cached:
+                self._observed.clear()
+            self._observed[user] = state, weights
+        return weights
+
+    def weights_of_described(self, attributes: Attributes) -> Weights:
+        """What is believed of a user of whom only attributes are known.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
+        return self._of_prior(self._prior_mean([attributes]))
+
+    @cached_property
+    def unknown_weights(self) -> Weights:
+        return self._of_prior(self._prior_mean([{}]))
+
+    @cached_property
+    def _prior_covariance(self) -> Array:
+        """Of a user without events, packed."""
+        d = self.d
+        return self.model.user_posteriors(
+            np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d)), self._prior_mean([{}])[None]
+        ).covariance
+
+    def _of_prior(self, mean: Array) -> Weights:
+        return Weights(mean, scorer.quadratics(mean[None], self._prior_covariance)[0], 0)
+
+    def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
+        try:
+            return self.model.prior_mean_of_new(_frame(attributes))[0]
+        except (TypeError, ValueError) as error:
+            raise EncodingError(str(error)) from error
+
+    def _after(self, before: Weights, pending: Sequence[Pending]) -> Weights:
+        """The posterior after more events: what was believed before them is the prior."""
+        features, events = self._with_features(pending)
+        if not events:
+            return before
+        d, n = self.d, len(events)
+        given = self.model.form.users
+        covariance = gaussian.unpack(scorer.covariance_of(before)[None], d)[0][np.ix_(given.learnt, given.learnt)]
+        prior = partly_given(Prior(np.empty((0, 0)), covariance, np.empty((0, 0))), given)
+        posteriors = partial(prior.conditional, mean=before.mean[None], noise=self.model.noise)
+        label, weight = (np.array([getattr(e.event, name) for e in events]) for name in ("label", "weight"))
+        weights, labels = blocks.csr(np.zeros(n, np.int64), np.arange(n), label, weight, 1, n)
+        nothing = np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d))
+        _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing)
+        quadratic = scorer.quadratics(after.mean, after.covariance)[0]
+        return Weights(after.mean[0], quadratic, before.n_events + n)
+
+    def _with_features(self, pending: Sequence[Pending]) -> tuple[Features, list[Pending]]:
+        """The observations of inputs that have features or attributes: as the update stream, others wait."""
+        found = self.rows_of([p.event.input_id for p in pending])
+        known = np.array(found.known)
+        return scorer.features_of(found.rows[known], self.d), [
+            p for p, is_known in zip(pending, known, strict=True) if is_known
+        ]
+
+    # Scores.
+
+    def score(self, user: Weights, rows: Array) -> tuple[Array, Array]:
+        """Prediction and standard deviation of a label for every row of features, (n,) each."""
+        return scorer.score(rows, user, self.loss, self.model.noise)
+
+    def best(self, user: Weights, k: int, excluded: np.ndarray | None = None) -> np.ndarray:
+        """Rows of the inputs of the k largest E[h], the best first; ``excluded`` (rows) left out."""
+        scores = scorer.linear_scores(self.top, user)
+        if excluded is not None:
+            scores[excluded] = -np.inf
+        return scorer.largest(scores, k)
+
+    def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        with self.store.reading() as transaction:
+            return self.store.input_ids(transaction, self._generation, rows)
+
+    def excluded(self, user: str | None, inputs: Sequence[str], where: Attributes) -> np.ndarray | None:
+        """Rows that top leaves out: what a user has seen, ``inputs``, and what lacks an attribute of ``where``."""
+        out = []
+        if user is not None:
+            out.append(self.seen_rows(user))
+        if inputs:
+            with self.store.reading() as transaction:
+                rows = [self.row_of(one, transaction) for one in inputs]
+            out.append(np.array([row for row in rows if row is not None], np.int64))
+        out += [self._without(name, value) for name, value in where.items()]
+        return np.concatenate(out) if out else None
+
+    def has(self, identity: str, where: Attributes) -> bool:
+        """Whether an input has all attributes of ``where``."""
+        if not where:
+            return True
+        with self.store.reading() as transaction:
+            attributes = self.store.attributes(transaction, identity) or {}
+        return all(_matches(attributes.get(name), value) for name, value in where.items())
+
+    def _without(self, name: str, value: Any) -> np.ndarray:
+        """Rows of the inputs that lack an attribute; looked through once for every attribute asked for."""
+        key = (name, str(value))
+        if key not in self._lacking:
+            if len(self._lacking) >= _FILTERS:
+                self._lacking.clear()
+            rows = np.arange(len(self.rows))
+            with self.store.reading() as transaction:
+                found = (self.store.attributes(transaction, one) for one in self.ids(rows))
+                has = np.fromiter((_matches((a or {}).get(name), value) for a in found), bool, len(rows))
+            self._lacking[key] = np.flatnonzero(~has)
+        return self._lacking[key]
+
+    def near_inputs(self, identity: str, k: int) -> list[tuple[str, float]] | None:
+        """The k inputs nearest to one, with their distances; None where nothing is known of it.
+
+        The distance is the root of E[(h(x; u) − h(y; u))²] over users of the prior: how differently users take two inputs.
+        """
+        found = self.rows_of([identity])
+        if not found.known[0]:
+            return None
+        metric = self._metric
+        one = scorer.top_columns(found.rows, self.d)[:, 0]
+        # |x − y|² in the metric, less what is the same for all y.
+        squares = self._squares - 2 * ((metric @ one).astype(np.float32) @ self.top)
+        rows = scorer.largest(-squares, k + _SLACK)
+        difference = self.rows[rows][:, : self.d] - found.rows[0, : self.d]
+        difference[:, 0] = self.rows[rows][:, -1] - found.rows[0, -1]
+        distance = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", difference, metric, difference), 0.0))
+        near = sorted(zip(distance.tolist(), self.ids(rows), strict=True))
+        return [(other, value) for value, other in near if other != identity][:k]
+
+    @cached_property
+    def _metric(self) -> Array:
+        """E[w̃w̃ᵀ] of the prior of a user of whom nothing is known, w̃ = [1, w_1 … w_k], (d, d)."""
+        mean = self.unknown_weights.mean.copy()
+        mean[0] = 1.0
+        second = gaussian.unpack(self._prior_covariance, self.d)[0]
+        second[0] = second[:, 0] = 0.0
+        return second + np.outer(mean, mean)
+
+    @cached_property
+    def _squares(self) -> Array:
+        return np.einsum("dn,dn->n", self._metric.astype(np.float32) @ self.top, self.top)
+
+    @property
+    def basis(self) -> list[str]:
+        """A name for each entry of w: the intercept, learnt functions, and attributes with their encoded columns."""
+        form = self.model.form
+        learnt = [f"f{i + 1}" for i in range(form.k)]
+        inputs = [f"input_attribute_{column}" for column in form.input_columns]
+        return ["intercept", *learnt, *inputs, *(f"user_attribute_{column}" for column in form.user_columns)]
+
+    def seen_rows(self, user: str) -> np.ndarray:
+        """Rows of the inputs that the user has acted on, as the events table and the observations say."""
+        key = digest(user)
+        with self.overlay.reading() as observed:
+            pending = self.overlay.pending(observed, key)
+            with self.store.reading() as transaction:
+                inputs = {*self.store.seen(transaction, key), *(digest(p.event.input_id) for p in pending)}
+                rows = (self.store.input_row(transaction, self._generation, identity) for identity in inputs)
+                return np.array([row for row in rows if row is not None and row < len(self.rows)], np.int64)
+
+
+class EncodingError(ValueError):
+    """Attributes that the model cannot take; the message says why."""
+
+
+def open_view(store: Store, overlay: Overlay, users_cached: int, before: View | None = None) -> View | None:
+    """The view that the store shows now: ``before`` itself where it still is; None where there is none yet."""
+    with store.reading() as transaction:
+        live = store.live(transaction)
+        if live is None:
+            return None
+        if before is not None and before.live == live:
+            return before
+        row = store.model_row(transaction, live.model_version)
+    if before is not None and before.version == live.model_version:
+        model = before.model
+    else:
+        assert row is not None
+        model = model_of(row)
+    rows, top = read_features(store.folder, live, scorer.width(live.d))
+    view = View(live, model, store, overlay, users_cached, rows, top)
+    view.unknown_input, view.unknown_weights  # noqa: B018  what the first request would wait for
+    return view
+
+
+def _frame(attributes: Sequence[Attributes]) -> pd.DataFrame:
+    """Attribute rows as the encodings take them."""
+    if not any(attributes):
+        return pd.DataFrame(index=range(len(attributes)))
+    return pd.DataFrame([{k: _as_stored(v) for k, v in row.items()} for row in attributes])
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    if isinstance(value, list):
+        return wanted in value or str(wanted) in map(str, value)
+    return value == wanted or (value is not None and str(value) == str(wanted))
+
+
+def _as_stored(value: Any) -> Any:
+    """A value as the tables hold it: booleans as text, whole numbers as numbers."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return float(value) if isinstance(value, int) else value

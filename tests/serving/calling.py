@@ -1,0 +1,84 @@
+"""The application without a socket: requests as ASGI messages, on a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from made_up import fill
+
+from mtl.config import load_settings
+from mtl.serving import metrics
+from mtl.serving.http import application
+from mtl.serving.observer import Observer
+from mtl.serving.overlay import open_overlay
+from mtl.serving.service import Service
+from mtl.serving.store import Store
+
+USERS, INPUTS, K = 20, 60, 3
+
+
+class Client:
+    def __init__(self, app: Any, service: Service):
+        self.app, self.service, self.loop = app, service, asyncio.new_event_loop()
+
+    def send(
+        self, method: str, path: str, body: bytes = b"", query: bytes = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body); fails where no answer comes in ten seconds."""
+        messages: list[dict[str, Any]] = []
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": quote(path, safe="/%", errors="replace").encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": query,
+            "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+            "server": ("127.0.0.1", 80),
+            "client": ("127.0.0.1", 1),
+        }
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            messages.append(message)
+
+        async def one() -> None:
+            await asyncio.wait_for(self.app(scope, receive, send), 10)
+
+        self.loop.run_until_complete(one())
+        head = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
+        return messages[0]["status"], head, b"".join(message.get("body", b"") for message in messages[1:])
+
+    def ask(self, method: str, path: str, body: Any = None, query: str = "") -> tuple[int, Any]:
+        content = b"" if body is None else json.dumps(body).encode()
+        status, _, answer = self.send(method, path, content, query.encode())
+        return status, json.loads(answer)
+
+
+@contextmanager
+def calling(folder: Path, *assignments: str, loss: str = "squared") -> Iterator[Client]:
+    """A client of an application over a made-up store."""
+    settings = load_settings([], list(assignments)).serve
+    metrics.share(folder / "metrics")
+    store, overlay = Store(folder, 1), open_overlay(folder, [])
+    fill(store, USERS, INPUTS, K, loss)
+    store.write_attributes((f"x{i}", {"year": float(i), "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
+    observer = Observer(overlay, folder / "observations", folder / "feedback", 1000.0, 1e9)
+    observer.start()
+    service = Service(store, overlay, observer, settings)
+    service.look()
+    yield Client(application(service, metrics.Metrics(dict)), service)
+    observer.stop()
+    store.close()
+    overlay.close()

@@ -1,0 +1,242 @@
+"""Every route, its limits, and what it says of a request that it cannot use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calling import INPUTS, Client, calling
+from made_up import EVENTS_BEFORE
+
+from mtl.serving import view as views
+from mtl.serving.observations import read, sealed
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    limits = ["serve.max_inputs=50", "serve.max_batch=3", "serve.max_k=20", "serve.max_body_kb=16"]
+    with calling(tmp_path_factory.mktemp("store"), *limits) as client:
+        yield client
+
+
+def test_predict_scores_ids_attributes_and_what_nobody_knows(client: Client) -> None:
+    inputs = ["x1", {"year": 3}, "nothing", "x60", "x2"]
+    status, answer = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": inputs})
+    assert status == 200
+    assert [one["input"] for one in answer["scores"]] == inputs
+    assert answer["unknown_inputs"] == ["nothing"]
+    assert answer["model_version"] == 1
+    view = client.service.view
+    assert view is not None
+    user = view.weights_of("u1")
+    assert user is not None
+    expected = view.score(user, view.rows_of(inputs).rows)
+    np.testing.assert_allclose([one["score"] for one in answer["scores"]], expected[0], atol=1e-12)
+    np.testing.assert_allclose([one["std"] for one in answer["scores"]], expected[1], atol=1e-12)
+    _, alone = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1", "x2"]})
+    assert alone["scores"] == [answer["scores"][0], answer["scores"][4]]
+
+
+def test_an_unknown_user_has_the_prior_by_attributes_where_given(client: Client) -> None:
+    _, plain = client.ask("POST", "/v1/predict", {"user": "nobody", "inputs": ["x1"]})
+    body = {"user": "nobody", "inputs": ["x1"], "user_attributes": {"age": 2.0}}
+    _, described = client.ask("POST", "/v1/predict", body)
+    assert plain["user_known"] is described["user_known"] is False
+    assert plain["scores"] != described["scores"]
+
+
+def test_a_batch_is_its_requests(client: Client) -> None:
+    requests = [{"user": "u1", "inputs": ["x1"]}, {"user": "u2", "inputs": [{"year": 1}]}]
+    status, answer = client.ask("POST", "/v1/predict/batch", {"requests": requests})
+    assert status == 200
+    alone = [client.ask("POST", "/v1/predict", one)[1]["scores"] for one in requests]
+    assert [one["scores"] for one in answer["answers"]] == alone
+
+
+def test_top_is_the_best_of_all(client: Client) -> None:
+    _, all_of_them = client.ask("POST", "/v1/predict", {"user": "u3", "inputs": [f"x{i}" for i in range(50)]})
+    _, rest = client.ask("POST", "/v1/predict", {"user": "u3", "inputs": [f"x{i}" for i in range(50, INPUTS)]})
+    ordered = sorted([*all_of_them["scores"], *rest["scores"]], key=lambda one: -one["score"])
+    status, answer = client.ask("GET", "/v1/top", query="user=u3&k=7")
+    assert status == 200
+    assert [one["input"] for one in answer["scores"]] == [one["input"] for one in ordered[:7]]
+    best = ordered[0]["input"]
+    _, without = client.ask("POST", "/v1/top", {"user": "u3", "k": 3, "exclude": [best]})
+    assert [one["input"] for one in without["scores"]] == [one["input"] for one in ordered[1:4]]
+    _, red = client.ask("GET", "/v1/top", query="user=u3&k=3&where=colour:red")
+    wanted = [one["input"] for one in ordered if int(one["input"][1:]) % 2 == 0][:3]
+    assert [one["input"] for one in red["scores"]] == wanted
+    _, some = client.ask("POST", "/v1/top", {"user": "u3", "k": 2, "candidates": ["x4", "x5", "x6", "x5"]})
+    of_three = [one for one in ordered if one["input"] in ("x4", "x5", "x6")][:2]
+    assert some["scores"] == of_three
+
+
+def test_a_rescoring_hook_has_the_last_word(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def least_first(user: str, ids: list[str], scores: list[float], stds: list[float]) -> list[float]:
+        return [-score for score in scores]
+
+    monkeypatch.setattr(client.service, "rescore", least_first)
+    _, answer = client.ask("POST", "/v1/top", {"user": "u3", "k": 3, "candidates": ["x1", "x2", "x3"]})
+    scores = [one["score"] for one in answer["scores"]]
+    assert scores == sorted(scores, reverse=True)
+    assert max(scores) < 0
+
+
+def test_observe_is_in_the_next_prediction_once_and_on_disk(client: Client) -> None:
+    before = client.ask("GET", "/v1/users/u4")[1]
+    event = {"user": "u4", "input": "x1", "label": 5, "event_id": "mine", "event_time": "2026-01-31T12:00:00Z"}
+    assert client.ask("POST", "/v1/observe", event) == (200, {"event_id": "mine", "duplicate": False})
+    after = client.ask("GET", "/v1/users/u4")[1]
+    assert (before["n_events"], after["n_events"]) == (EVENTS_BEFORE, EVENTS_BEFORE + 1)
+    assert after["n_unconfirmed"] == 1
+    assert client.ask("POST", "/v1/observe", event) == (200, {"event_id": "mine", "duplicate": True})
+    assert client.ask("GET", "/v1/users/u4")[1]["weights"] == after["weights"]
+    made = client.ask("POST", "/v1/observe", {"user": "u4", "input": "x1", "label": 5})[1]
+    assert len(made["event_id"]) == 32
+    _, seen = client.ask("GET", "/v1/top", query="user=u4&k=20&exclude_seen=true")
+    assert "x1" not in [one["input"] for one in seen["scores"]]
+    hidden = next((client.service.store.folder / "observations").glob(".open-*"))
+    lines = [json.loads(line) for line in hidden.read_bytes().splitlines()]
+    assert [line["event_id"] for line in lines] == ["mine", made["event_id"]]
+    assert lines[0]["event_time"] == "2026-01-31T12:00:00+00:00"
+
+
+def test_a_reward_is_on_disk_when_it_is_acknowledged(client: Client) -> None:
+    body = {"decision_id": "d1", "reward": 1.5, "user": "u1"}
+    assert client.ask("POST", "/v1/feedback", body) == (200, {"decision_id": "d1"})
+    hidden = next((client.service.store.folder / "feedback").glob(".open-*"))
+    assert json.loads(hidden.read_bytes())["reward"] == 1.5
+
+
+def test_why_adds_up_to_the_mean(client: Client) -> None:
+    _, answer = client.ask("GET", "/v1/users/u5", query="input=x7")
+    total = answer["offset"] + sum(one["contribution"] for one in answer["why"])
+    assert total == pytest.approx(answer["score"], abs=1e-12)
+    assert [one["basis"] for one in answer["why"]] == ["intercept", "f1", "f2", "f3"]
+
+
+def test_similar_inputs_are_those_that_users_of_the_prior_take_alike(client: Client) -> None:
+    """Against drawing users from the prior."""
+    view = client.service.view
+    assert view is not None
+    random = np.random.default_rng(0)
+    covariance = views.gaussian.unpack(view._prior_covariance, view.d)[0]
+    users = random.multivariate_normal(view.unknown_weights.mean, covariance, 200_000)
+    rows = np.asarray(view.rows)
+    h = users @ rows[:, : view.d].T + rows[:, -1]
+    distance = np.sqrt(((h - h[:, [9]]) ** 2).mean(0))
+    _, answer = client.ask("GET", "/v1/similar", query="input=x9&k=4")
+    assert [one["id"] for one in answer["near"]] == [f"x{i}" for i in np.argsort(distance)[1:5]]
+    np.testing.assert_allclose([one["distance"] for one in answer["near"]], np.sort(distance)[1:5], rtol=0.02)
+
+
+def test_inputs_popular_models_and_pages(client: Client) -> None:
+    assert client.ask("GET", "/v1/inputs/x3")[1]["has_features"] is True
+    described = client.ask("GET", "/v1/inputs/x60")[1]
+    assert (described["known"], described["has_features"]) == (True, False)
+    assert client.ask("GET", "/v1/inputs/nothing")[1]["known"] is False
+    assert client.ask("GET", "/v1/popular")[0] == client.ask("GET", "/v1/models")[0] == 200
+    assert client.ask("GET", "/healthz") == (200, {"status": "ok"})
+    assert client.ask("GET", "/readyz")[1]["ready"] is True
+    _, _, page = client.send("GET", "/docs")
+    assert b"/v1/predict" in page
+    assert b"http://" not in page.replace(b"https://", b"http://")
+    status, _, text = client.send("GET", "/metrics")
+    assert status == 200
+    assert b'mtl_requests_total{route="healthz",status="200"}' in text
+
+
+def test_the_openapi_document_names_every_route(client: Client) -> None:
+    _, document = client.ask("GET", "/openapi.json")
+    paths = set(document["paths"])
+    assert {"/v1/predict", "/v1/observe", "/v1/top", "/v1/users/{id}", "/healthz"} <= paths
+    text = json.dumps(document)
+    for reference in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert reference in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("POST", "/v1/predict", b"{", 400, "no JSON"),
+        ("POST", "/v1/predict", b"[]", 422, "object"),
+        ("POST", "/v1/predict", b'{"user":"u","inputs":[1.5]}', 422, "inputs"),
+        ("POST", "/v1/predict", b'{"user":"u","inputs":[],"x":1}', 422, "unknown field `x`"),
+        ("POST", "/v1/predict", json.dumps({"user": "u", "inputs": ["x"] * 51}).encode(), 413, "serve.max_inputs"),
+        ("POST", "/v1/predict", b" " * 20_000, 413, "serve.max_body_kb"),
+        (
+            "POST",
+            "/v1/predict/batch",
+            json.dumps({"requests": [{"user": 1, "inputs": []}] * 4}).encode(),
+            413,
+            "max_batch",
+        ),
+        ("GET", "/v1/top?user=u&k=0", b"", 422, "from 1 to 20"),
+        ("GET", "/v1/top?user=u&k=21", b"", 422, "from 1 to 20"),
+        ("GET", "/v1/top?k=1", b"", 422, "user is missing"),
+        ("GET", "/v1/top?user=u&kk=1", b"", 422, "unknown parameter 'kk'"),
+        ("POST", "/v1/observe", b'{"user":"u","input":"x"}', 422, "label"),
+        ("POST", "/v1/observe", b'{"user":" ","input":"x","label":1}', 422, "user is empty"),
+        ("POST", "/v1/observe", b'{"user":"u","input":"x","label":1,"weight":0}', 422, "above 0"),
+        ("POST", "/v1/observe", b'{"user":"u","input":"x","label":1e999}', 422, ""),
+        ("POST", "/v1/observe", b'{"user":"u","input":"x","label":1,"event_time":"noon"}', 422, "ISO 8601"),
+        ("GET", "/v1/similar?input=nothing", b"", 404, "neither features nor attributes"),
+        ("GET", "/nowhere", b"", 404, "Not Found"),
+        ("DELETE", "/v1/predict", b"", 405, "Not Allowed"),
+    ],
+)
+def test_a_bad_request_says_what_is_wrong(
+    client: Client, method: str, path: str, body: bytes, status: int, says: str
+) -> None:
+    path, _, query = path.partition("?")
+    found, headers, answer = client.send(method, path, body, query.encode())
+    assert found == status, answer
+    assert headers["content-type"] == "application/json"
+    assert says in json.loads(answer)["message"]
+
+
+def test_labels_that_the_loss_does_not_take_are_refused(tmp_path: Path) -> None:
+    with calling(tmp_path, loss="logistic") as client:
+        status, answer = client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 2})
+        assert (status, answer["error"]) == (422, "bad_label")
+        assert client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 1})[0] == 200
+    assert [event.label for event in read(sealed(tmp_path / "observations"))] == [1.0]
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_learnt(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(rows: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(client.service.observer._events, "append", fail)
+    status, answer = client.ask("POST", "/v1/observe", {"user": "u6", "input": "x1", "label": 1})
+    assert (status, answer["error"]) == (503, "not_written")
+    assert client.ask("GET", "/v1/users/u6")[1]["n_events"] == EVENTS_BEFORE
+
+
+def test_a_deadline_is_kept_by_a_feature_function_that_hangs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+    import time
+
+    hang = threading.Event()
+    monkeypatch.setattr(client.service.view, "evaluate", lambda attributes: hang.wait(5))
+    began = time.monotonic()
+    body = {"user": "u1", "inputs": ["x1", {"year": 1}], "deadline_ms": 50}
+    status, answer = client.ask("POST", "/v1/predict", body)
+    hang.set()
+    assert status == 200
+    assert time.monotonic() - began < 1
+    assert answer["incomplete_inputs"] == [1]
+
+
+def test_with_a_token_only_probes_pass_without_it(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.token=open sesame") as client:
+        assert client.send("GET", "/healthz")[0] == client.send("GET", "/readyz")[0] == 200
+        status, headers, _ = client.send("GET", "/metrics")
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        for wrong in ("Bearer nothing", "open sesame", "", "Bearer open sesame "):
+            assert client.send("GET", "/v1/popular", headers={"authorization": wrong})[0] == 401
+        assert client.send("GET", "/v1/popular", headers={"authorization": "Bearer open sesame"})[0] == 200

@@ -1,0 +1,1 @@
+"""Answers without Spark: what a server process needs at a request."""

@@ -1,1 +1,1 @@
-"""Answers without Spark: what a server process needs at a request."""
+"""A server of predictions that learns: it needs the tables now and then, and Spark never."""

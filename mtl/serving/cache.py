@@ -1,7 +1,9 @@
 """Caches shared by all users, bounded by bytes: features by equivalence class, predictions by user and class.
 
-An update of w_u changes no feature: nothing in the feature cache is ever invalidated by one. A prediction's key holds the
-version of the user's state, so that an update leaves its old predictions to age out.
+The feature cache is a :class:`RowCache` of rows as :mod:`mtl.serving.scorer` multiplies them, by the key of a class
+(:mod:`mtl.serving.classes`). Only complete features belong there, not those of a deadline (:mod:`mtl.serving.anytime`). An update
+of w_u changes no feature: nothing in it is ever invalidated by one. A prediction's key holds the version of the user's
+state, so that an update leaves its old predictions to age out.
 
 Rows of one width lie in one matrix, so that a request's hits are one gather. Least recently used rows go first; they go a
 64th of the capacity at a time, which finds them with one partition instead of with a linked list touched at every hit.
@@ -16,9 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtl import gaussian
 from mtl.errors import ConfigError
-from mtl.features import Features
 from mtl.gaussian import Array
 
 _ENTRY_BYTES = 160  # of a row beside its numbers and its key: dictionary, list and time (measured, CPython 3.11)
@@ -113,30 +113,6 @@ class RowCache:
             self._free.append(place)
             self._bytes -= self._row_bytes + _size(key)
         self._evictions += n
-
-
-class FeatureCache:
-    """Features of classes of inputs, φ of length d; a class is whatever hashable its caller names it by."""
-
-    def __init__(self, d: int, max_bytes: int) -> None:
-        self._d = d
-        self._cache = RowCache(2 + 2 * d + gaussian.packed_length(d), max_bytes)
-
-    def get(self, classes: Sequence[Hashable]) -> tuple[Features, np.ndarray]:
-        """Features of those classes that are held, in their order, and which those are, (n,) bool."""
-        rows, held = self._cache.get(classes)
-        d = self._d
-        return Features(
-            rows[:, 0], rows[:, 2 : 2 + d], rows[:, 2 + 2 * d :], rows[:, 2 + d : 2 + 2 * d], rows[:, 1]
-        ), held
-
-    def put(self, classes: Sequence[Hashable], features: Features) -> None:
-        """Keep the features of a representative of each class: complete ones, not those of a deadline (mtl.serving.anytime)."""
-        f = features
-        self._cache.put(classes, np.column_stack([f.offset, f.offset_variance, f.phi, f.offset_phi, f.second_moment]))
-
-    def counts(self) -> Counts:
-        return self._cache.counts()
 
 
 class PredictionCache:

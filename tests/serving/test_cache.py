@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from mtl import gaussian
 from mtl.errors import ConfigError
 from mtl.features import Features
-from mtl.serving import cache
-from mtl.serving.cache import FeatureCache, PredictionCache, RowCache
+from mtl.serving import cache, scorer
+from mtl.serving.cache import PredictionCache, RowCache
 
 ROW = 8 * 2 + cache._ENTRY_BYTES
 
@@ -48,12 +48,13 @@ def test_what_goes_is_what_a_linked_list_would_let_go(capacity: int, steps: list
 
 
 def test_features_come_back_as_they_were() -> None:
-    features, held = some_features(5, 4), FeatureCache(4, 100_000)
-    held.put(list("abcde"), features)
-    found, is_held = held.get(["c", "x", "a"])
+    features, held = some_features(5, 4), RowCache(scorer.width(4), 100_000)
+    held.put(list("abcde"), scorer.feature_rows(features))
+    rows, is_held = held.get(["c", "x", "a"])
     assert is_held.tolist() == [True, False, True]
+    found = scorer.features_of(rows, 4)
     for name, values in vars(features.take(np.array([2, 0]))).items():
-        np.testing.assert_array_equal(getattr(found, name), values)
+        np.testing.assert_allclose(getattr(found, name), values, rtol=1e-12)
     counts = held.counts()
     assert (counts.hits, counts.misses, counts.evictions, counts.rows) == (2, 1, 0, 5)
 
@@ -61,12 +62,12 @@ def test_features_come_back_as_they_were() -> None:
 def test_memory_that_a_full_cache_takes_is_within_its_bound() -> None:
     bound, d, n = 8_000_000, 11, 1000
     keys = np.random.default_rng(0).bytes(16 * 40 * n)
-    features = some_features(n, d)
+    rows = scorer.feature_rows(some_features(n, d))
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    held = FeatureCache(d, bound)
+    held = RowCache(scorer.width(d), bound)
     for part in range(40):
-        held.put([keys[16 * (part * n + i) : 16 * (part * n + i + 1)] for i in range(n)], features)
+        held.put([keys[16 * (part * n + i) : 16 * (part * n + i + 1)] for i in range(n)], rows)
         assert held.counts().bytes <= bound
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
@@ -118,4 +119,4 @@ def test_threads_never_see_a_row_of_another_key() -> None:
 
 def test_a_cache_too_small_for_a_row_is_refused() -> None:
     with pytest.raises(ConfigError, match="holds no row"):
-        FeatureCache(20, 100)
+        RowCache(20, 100)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mtl import gaussian
 from mtl.features import Features
-from mtl.serving.cache import FeatureCache
+from mtl.serving import scorer
+from mtl.serving.cache import RowCache
 from mtl.serving.classes import ClassFunction, Clustered, Exact, Extents, Hashed, Rounded, vectors
 
 
@@ -39,17 +40,17 @@ def test_the_bound_holds_on_every_request_of_a_run(seed: int, coarseness: float,
     scale = random.uniform(0.2, 2, d)
     for function in functions(catalogue, coarseness):
         extents = Extents.measure(function(catalogue), features, scale)
-        cache = FeatureCache(d, 20 * 8 * 200)  # small: representatives come, go and change
+        rows = scorer.feature_rows(features)
+        cache = RowCache(rows.shape[1], 20 * 8 * 200)  # small: representatives come, go and change
         for _ in range(40):
             asked = random.integers(len(catalogue), size=5)
             w = scale * random.normal(size=d)
             keys = function(catalogue[asked])
             missing = np.flatnonzero(~cache.get(keys)[1])
-            cache.put([keys[i] for i in missing], features.take(asked[missing]))
-            used, held = cache.get(keys)
+            cache.put([keys[i] for i in missing], rows[asked[missing]])
+            found, held = cache.get(keys)
             assert held.all()
-            exact = features.take(asked)
-            h, h_used = (f.offset + f.phi @ w for f in (exact, used))
+            h, h_used = (f.offset + f.phi @ w for f in (features.take(asked), scorer.features_of(found, d)))
             bound = extents.bound(keys, w, h_used)
             assert np.isfinite(bound).all()
             assert (np.abs(h - h_used) <= bound + 1e-9 * (1 + np.abs(h))).all()

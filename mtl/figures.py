@@ -133,7 +133,7 @@ def plot_bars(path: str | Path, groups: Mapping[str, Mapping[str, float]], title
         for j, (name, (colour, *_)) in enumerate(zip(series, _STYLES, strict=False)):
             at = [i + (j - (len(series) - 1) / 2) * width for i in range(len(groups))]
             bars = axes.bar(at, [group[name] for group in groups.values()], 0.92 * width, color=colour, label=name)
-            axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
         axes.set_xticks(range(len(groups)), list(groups))
         axes.set_yscale("log")
         axes.set(title=title, ylabel=y)

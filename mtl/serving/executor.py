@@ -198,12 +198,17 @@ class Lane:
 
 
 def evaluate(
-    steps: Sequence[Step], lanes: Sequence[Lane], order: Sequence[int], argument: Any, deadline: float
+    steps: Sequence[Step],
+    lanes: Sequence[Lane],
+    order: Sequence[int],
+    argument: Any,
+    deadline: float,
+    at_once: int = 1,
 ) -> dict[int, Any]:
     """Results of the steps that ended by the deadline, by their place.
 
-    Steps go in their order, one at a time while they take what they are expected to; one that takes twice that is no longer
-    waited for, and the next begins beside it. A step that is not expected to end by the deadline makes way for later ones
+    Steps go in their order, ``at_once`` at a time while they take what they are expected to; one that takes twice that is no
+    longer waited for, and the next begins beside it. A step that is not expected to end by the deadline makes way for later ones
     that are, and is tried when nothing else is left. Steps that need a failed one are left out.
 
     Args:
@@ -211,31 +216,33 @@ def evaluate(
         order: places of steps, each after those that it needs.
         argument: what the functions are given.
         deadline: on the clock of ``time.monotonic``.
+        at_once: more than 1 gains where functions wait for something else than this machine's cores.
     """
     results: SimpleQueue[tuple[int, Any, bool]] = SimpleQueue()
     found: dict[int, Any] = {}
     waiting, running, failed = list(order), dict[int, _Evaluation](), set[int]()
-    latest, patient_until = -1, 0.0
+    until = dict[int, float]()  # when patience with a running step ends
     try:
         while (waiting or running) and (now := time.monotonic()) < deadline:
-            if latest not in running or now >= patient_until:
+            patient = [until[place] for place in running if until[place] > now]
+            if len(patient) < at_once:
                 waiting = [place for place in waiting if failed.isdisjoint(steps[place].after)]
-                latest = _next(steps, lanes, waiting, found, deadline - now)
-                if latest >= 0:
-                    waiting.remove(latest)
-                    needed = tuple(found[place] for place in steps[latest].after)
-                    task = _Evaluation(lanes[latest].function, latest, argument, needed, deadline, results)
-                    if lanes[latest].submit(task):
-                        running[latest] = task
-                        patient_until = now + max(_PATIENCE * lanes[latest].seconds, _LEAST_PATIENCE)
+                place = _next(steps, lanes, waiting, found, deadline - now)
+                if place >= 0:
+                    waiting.remove(place)
+                    needed = tuple(found[before] for before in steps[place].after)
+                    task = _Evaluation(lanes[place].function, place, argument, needed, deadline, results)
+                    if lanes[place].submit(task):
+                        running[place] = task
+                        until[place] = now + max(_PATIENCE * lanes[place].seconds, _LEAST_PATIENCE)
                     else:
-                        failed.add(latest)
+                        failed.add(place)
                     continue
                 if not running:
                     break
-            until = min(patient_until, deadline) if latest in running else deadline
+            wake = min([deadline, *patient]) if waiting else deadline
             try:
-                place, result, is_good = results.get(timeout=max(until - time.monotonic(), 0.0))
+                place, result, is_good = results.get(timeout=max(wake - time.monotonic(), 0.0))
             except Empty:
                 continue
             del running[place]

@@ -11,6 +11,8 @@ where the lanes' threads went. A request's time is all of it: order, evaluation,
 and of failing, which has the user's mean for an answer unless everything was reached; with the share of labels inside the
 90% interval. No function hangs here. The floor is everything evaluated.
 
+``machine``: the same share of as many threads that do nothing but sleep until the deadline: what scheduling alone costs.
+
     python tests/bench/deadline.py [--out FOLDER]
 """
 
@@ -47,12 +49,17 @@ def main() -> None:
     parser.add_argument("--rmse-requests", type=int, default=400, help="of each deadline")
     parser.add_argument("--deadline-ms", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="evaluations of a request at a time (default: %(default)s)"
+    )
     given = parser.parse_args()
     sys.setswitchinterval(0.0005)
     planted = Planted.draw(0)
     logging_off()
-    kept = run(planted, given.requests, given.deadline_ms, given.clients, hangs=True)
-    by_deadline = {ms: run(planted, given.rmse_requests, ms, given.clients, hangs=False) for ms in DEADLINES_MS}
+    kept = run(planted, given.requests, given.deadline_ms, given.clients, given.at_once, hangs=True)
+    by_deadline = {
+        ms: run(planted, given.rmse_requests, ms, given.clients, given.at_once, hangs=False) for ms in DEADLINES_MS
+    }
     errors = {
         name: [of["rmse"][name] for of in by_deadline.values()]
         for name in ("conditional mean", "population mean", "failing", "everything")
@@ -69,7 +76,8 @@ def main() -> None:
         json.dumps(
             {
                 "experiment": "deadline",
-                "kept": {"deadline_ms": given.deadline_ms, "clients": given.clients, **kept},
+                "kept": {"deadline_ms": given.deadline_ms, "clients": given.clients, "at_once": given.at_once, **kept},
+                "machine": sleeps(given.requests, given.deadline_ms, given.clients),
                 "by_deadline": by_deadline,
             }
         )
@@ -100,7 +108,7 @@ class Planted:
         return cls(values, w_mean, w, covariance, population, np.geomspace(3, 30, d))
 
 
-def run(planted: Planted, requests: int, deadline_ms: float, clients: int, hangs: bool) -> dict:
+def run(planted: Planted, requests: int, deadline_ms: float, clients: int, at_once: int, hangs: bool) -> dict:
     d, over = K + 1, threading.Event()
     half_way, count = threading.Event(), iter(range(requests))
     draws = [np.random.default_rng([7, i]) for i in range(d)]
@@ -150,7 +158,7 @@ def run(planted: Planted, requests: int, deadline_ms: float, clients: int, hangs
             started = time.monotonic()
             start = planted.population.of(np.ones((AT_ONCE, 1)))
             plan, _ = order(steps, [lane.seconds for lane in lanes], start, planted.w_mean[user])
-            found = evaluate(steps, lanes, plan, which, started + deadline_ms / 1000 - RESERVE)
+            found = evaluate(steps, lanes, plan, which, started + deadline_ms / 1000 - RESERVE, at_once)
             reached = sorted(found)
             known = start.given(
                 reached, np.column_stack([found[i] for i in reached]) if reached else np.empty((AT_ONCE, 0))
@@ -220,6 +228,24 @@ def errors(planted: Planted, answers: Sequence[tuple]) -> dict:
         "inside_90": round(float(np.mean(inside)), 4),
         "incomplete": round(failures / len(answers), 4),
     }
+
+
+def sleeps(requests: int, deadline_ms: float, clients: int) -> dict:
+    """What this machine does to threads that do nothing but sleep until a deadline: the floor of ``kept``."""
+    late = list[float]()
+
+    def client() -> None:
+        for _ in range(requests // clients):
+            ends = time.monotonic() + deadline_ms / 1000
+            time.sleep(deadline_ms / 1000)
+            late.append(1000 * (time.monotonic() - ends))
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"within_5_ms": float(np.mean(np.array(late) <= 5)), "most_late_ms": round(max(late), 2)}
 
 
 def logging_off() -> None:

@@ -72,6 +72,21 @@ def test_without_anything_hung_nobody_waits_for_the_deadline() -> None:
     assert time.monotonic() - started < FAR / 10
 
 
+def test_steps_run_as_many_at_once_as_is_said() -> None:
+    """Functions that end only together."""
+    for at_once, reached in ((3, 3), (2, 0)):
+        meet = threading.Barrier(3)
+
+        def together(argument: int, needed: tuple[int, ...], meet: threading.Barrier = meet) -> int:
+            meet.wait()
+            return argument
+
+        steps, lanes = lanes_of(together, together, together, seconds=FAR)
+        deadline = time.monotonic() + (FAR if reached else SOON)
+        assert len(evaluate(steps, lanes, [0, 1, 2], 1, deadline, at_once)) == reached
+        meet.abort()
+
+
 def test_hung_threads_are_bounded_and_a_lane_without_any_other_refuses_at_once(hang) -> None:
     steps, (lane,) = lanes_of(hang, threads=2, hung_after=0.01, most_hung=3)
     for _ in range(40):

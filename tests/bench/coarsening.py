@@ -6,11 +6,12 @@ function maps a pupil's attributes to a class, a hit answers with the features o
 the model's own functions. By kind of class function and coarseness: explained variance of the scores, hit rate, latency
 (mean, and 50th and 99th percentile), and the bound on the error against the error itself.
 
-Bounds are from extents measured on the pupils of training. For a pupil among them the bound always holds (``broken`` must be
-0); the others fail no more often than ``stated_chance``.
+Bounds are from extents measured on the pupils of training. For a pupil among them the bound always holds, whoever the class's
+first was (``broken`` must be 0); the others fail no more often than ``stated_chance``.
 
-The knee of a kind is the coarseness that lies furthest above the chord of explained variance against hit rate, from its finest to
-its coarsest.
+The knee of a kind is the coarseness that lies furthest above the chord of explained variance against the logarithm of the miss
+rate, to which time is proportional, from exact classes to the coarsest that still explain anything. ``nearly_exact`` is the
+coarsest that loses no more than 1% of the explained variance.
 
     python tests/bench/coarsening.py --data FOLDER [--out FOLDER]
 """
@@ -61,22 +62,31 @@ def main() -> None:
             )
             print(f"{kind} {knob}: {told[kind][knob]}", file=sys.stderr)
     exact = told.pop("exact")["0"]
-    knees = {kind: knee([exact, *of.values()], ["exact", *of]) for kind, of in told.items()}
+    series = {kind: {"exact": exact, **of} for kind, of in told.items()}
+    knees = {kind: knee(of) for kind, of in series.items()}
     curves = {
-        kind: figures.Curve(*zip(*sorted((r["hit_rate"], r["explained"]) for r in [exact, *of.values()]), strict=True))
-        for kind, of in told.items()
+        kind: figures.Curve(*zip(*sorted((1 - r["hit_rate"], r["explained"]) for r in of.values()), strict=True))
+        for kind, of in series.items()
     }
-    best = max(knees.items(), key=lambda item: item[1]["above_chord"])
-    at = told[best[0]].get(best[1]["coarseness"], exact)
+    best = max(knees, key=lambda kind: knees[kind]["above_chord"])
+    at = knees[best]
     figures.plot_curves(
         Path(given.out) / "coarsening.png",
         curves,
-        "Accuracy by hit rate as classes grow",
-        "hit rate of the feature cache",
+        "Accuracy by how many inputs are evaluated, as classes grow",
+        "miss rate of the feature cache",
         "explained variance",
-        mark=(at["hit_rate"], at["explained"], f"knee: {best[0]} {best[1]['coarseness']}, {at['mean_us']:.0f} µs"),
+        x_log=True,
+        mark=(1 - at["hit_rate"], at["explained"], f"knee: {best} {at['coarseness']}, {at['mean_us']:.0f} µs"),
     )
-    result = {"experiment": "coarsening", "asked": len(rows), "knees": knees, "exact": exact, **told}
+    result = {
+        "experiment": "coarsening",
+        "asked": len(rows),
+        "knees": knees,
+        "nearly_exact": {kind: nearly_exact(of, exact) for kind, of in series.items()},
+        "exact": exact,
+        **told,
+    }
     print(json.dumps(result))
 
 
@@ -135,7 +145,6 @@ def measure(
     truth = np.array([scorer.belief(exact[i : i + 1], user)[0][0] for i, user in enumerate(users)])
     error = np.abs(prediction - truth)
     bound = np.array([extents.bound([keys[i]], user.mean, prediction[i : i + 1])[0] for i, user in enumerate(users)])
-    # The bound is on the class's members that were measured: both the one asked for and the representative must be.
     known = {row.tobytes() for row in z_trained}
     measured = np.array([row.tobytes() in known for row in z_asked])
     coarse = hits & np.isfinite(bound)
@@ -160,14 +169,22 @@ def measure(
     }
 
 
-def knee(points: list[dict], names: list[str]) -> dict:
+def knee(of: dict[str, dict]) -> dict:
     """Where explained variance is furthest above the chord, both axes from 0 to 1."""
-    order = np.argsort([point["hit_rate"] for point in points], kind="stable")
-    x, y = (np.array([points[i][name] for i in order]) for name in ("hit_rate", "explained"))
-    x, y = ((of - of.min()) / (np.ptp(of) or 1.0) for of in (x, y))
+    useful = {name: point for name, point in of.items() if point["explained"] > 0}
+    names = sorted(useful, key=lambda name: useful[name]["hit_rate"])
+    x = np.array([-np.log(1 - useful[name]["hit_rate"]) for name in names])
+    y = np.array([useful[name]["explained"] for name in names])
+    x, y = ((values - values.min()) / (np.ptp(values) or 1.0) for values in (x, y))
     above = y - (y[0] + (y[-1] - y[0]) * x)
     best = int(above.argmax())
-    return {"coarseness": names[order[best]], "above_chord": round(float(above[best]), 3), **points[order[best]]}
+    return {"coarseness": names[best], "above_chord": round(float(above[best]), 3), **useful[names[best]]}
+
+
+def nearly_exact(of: dict[str, dict], exact: dict) -> dict:
+    near = {name: point for name, point in of.items() if point["explained"] >= 0.99 * exact["explained"]}
+    name = max(near, key=lambda name: near[name]["hit_rate"])
+    return {"coarseness": name, **near[name]}
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def coverage(logging: Policy, target: Policy, scale: float, n: int, runs: int) -
             intervals |= bootstrapped(found, terms.get(name), log, random)
             for kind, (low, high) in intervals.items():
                 of = hits.setdefault(name, {})
-                of[kind] = of.get(kind, 0) + (low <= truth <= high)
+                of[kind] = of.get(kind, 0) + int(low <= truth <= high)
             errors.setdefault(name, []).append(found.value - truth)
     return {
         "truth": round(truth, 4),
@@ -126,7 +126,8 @@ def open_bandit(folder: Path) -> dict:
     rows = pd.read_parquet(thompson, columns=["item_id", "position", "propensity_score"])
     # The policy of the second log as a table: its mean propensity by item and position, what it never showed left at 0.
     table = rows.groupby(["item_id", "position"], as_index=False)["propensity_score"].mean()
-    table[PROBABILITY] = table.pop("propensity_score") / table.groupby("position")["propensity_score"].transform("sum")
+    total = table.groupby("position")["propensity_score"].transform("sum")
+    table[PROBABILITY] = table.pop("propensity_score") / total
     with tempfile.TemporaryDirectory() as place:
         policy = Path(place) / "policy.parquet"
         table.to_parquet(policy)

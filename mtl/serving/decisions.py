@@ -26,8 +26,8 @@ UNIFORM = "uniform"
 _COLUMN = "column:"
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 _ROUNDING = 1e-6  # of a sum of chances
-# Below and above which intervals were found too narrow (tests/bench/offpolicy.py).
-_FEWEST_EFFECTIVE, _LARGEST_SHARE, _FEWEST_REWARDS = 300, 0.05, 50
+# Below and above which a normal interval is a guess.
+_FEWEST_EFFECTIVE, _LARGEST_SHARE, _FEWEST_REWARDS = 50, 0.05, 50
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,11 @@ class Lane:
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name=f"lane {self.name}", daemon=True)
         self._busy[thread] = time.monotonic()  # until it waits
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads: what there is goes on
+            del self._busy[thread]
+            log.warning("serving: %s: a thread cannot be started", self.name)
 
     def _run(self) -> None:
         me = threading.current_thread()
@@ -184,7 +188,7 @@ class Lane:
                     continue
             try:
                 result, is_good = evaluation.function(evaluation.argument, evaluation.needed), True
-            except Exception as error:
+            except BaseException as error:  # even SystemExit is the function's affair, not the thread's
                 log.warning("serving: %s failed: %s: %s", self.name, type(error).__name__, error)
                 result, is_good = None, False
             ended = time.monotonic()

@@ -11,12 +11,12 @@ have given it, with weights ρ = q/p:
 
 f is a model's prediction of the reward of what was chosen, and v = Σ_a q(a) f(a) that of the policy's own choice.
 
-**Intervals** are normal, value ± z·se, se from the influence of each decision (SNIPS: ρ(r − value)/ρ̄). In simulations with known
-truth (tests/bench/offpolicy.py) they hold what they state while the weights are moderate; bootstrapped ones, percentile or
-studentized, cost 200 to 1,000 times as much and held it no better, and no worse. All fail together where the log has hardly
-seen what the policy would choose: no resampling finds a reward that was never drawn. ``effective``, (Σρ)²/Σρ², says how many
-decisions of the policy itself the log is worth; below some hundreds, or with ``largest``, the share of one decision
-in Σρ, above some percent, intervals are too narrow.
+**Intervals** are normal, value ± z·se, se from the influence of each decision (SNIPS: ρ(r − value)/ρ̄). Stated at 95%, they held
+the truth in 93 to 97% of 400 simulated logs, whichever the estimator, in each of five pairs of policies from 560 down to 56
+effective decisions of 1,000, and bootstrapped ones, percentile or studentized, held it no better (tests/bench/offpolicy.py).
+All fail together where the log has hardly seen what the policy would choose: no resampling finds a reward that was never drawn.
+``effective``, (Σρ)²/Σρ², says how many decisions of the policy itself the log is worth, and ``largest`` the share of one
+decision in Σρ.
 """
 
 from __future__ import annotations

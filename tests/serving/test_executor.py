@@ -124,6 +124,17 @@ def test_one_hung_lane_takes_no_thread_of_another(hang) -> None:
     assert threads_of(lanes[1]) == 1
 
 
+def test_a_function_that_exits_ends_no_thread() -> None:
+    def leave(argument: int, needed: tuple[int, ...]) -> int:
+        raise SystemExit
+
+    steps, (lane,) = lanes_of(leave, threads=1)
+    for _ in range(3):
+        assert evaluate(steps, [lane], [0], 1, time.monotonic() + FAR) == {}
+    assert lane.counts().failed == 3
+    assert threads_of(lane) == 1
+
+
 def test_a_failed_step_takes_those_with_it_that_need_it() -> None:
     def fail(argument: int, needed: tuple[int, ...]) -> int:
         raise ValueError("no")

@@ -116,12 +116,13 @@ class Controller:
         of = state.counts
         arrivals = of.arrived / of.seconds
         coming_ms = self._coming(of, window.in_flight)
+        was_last = state.rung == len(self.rungs) - 1
         is_over = coming_ms > self.headroom * self.objective_ms or _is_many(of.above, of.ended)
         if is_over:
             state = self._down(state, coming_ms, arrivals)
         else:
             state = self._up(state, of.above_ease <= _MAY_EXCEED * of.ended and not window.refused, arrivals)
-        return self._admission(state, window, is_over)
+        return self._admission(state, window, is_over and was_last)
 
     def admits(self, state: State, in_flight: int) -> bool:
         """Whether one more request may enter beside ``in_flight`` others."""
@@ -132,12 +133,9 @@ class Controller:
         return math.ceil(1 + uniform * (state.retry_seconds - 1))
 
     def _counted(self, state: State, window: Window) -> Counts:
-        late = window.latencies_ms / self.objective_ms
-        arrived, above = (
-            window.admitted + window.refused,
-            [int(np.sum(late > part)) for part in (self.headroom, self.ease)],
-        )
-        now = window.seconds, arrived, len(late), *above
+        late, arrived = window.latencies_ms / self.objective_ms, window.admitted + window.refused
+        above, above_ease = int(np.sum(late > self.headroom)), int(np.sum(late > self.ease))
+        now = window.seconds, arrived, len(late), above, above_ease
         return Counts(*(_KEEP * before + count for before, count in zip(state.counts, now, strict=True)))
 
     def _coming(self, of: Counts, in_flight: int) -> float:
@@ -169,9 +167,9 @@ class Controller:
             return state
         return replace(state, rung=state.rung - 1, counts=_NOTHING, calm=0, steps_up=state.steps_up + 1)
 
-    def _admission(self, state: State, window: Window, is_over: bool) -> State:
+    def _admission(self, state: State, window: Window, is_all_used: bool) -> State:
         is_limited = state.rung == len(self.rungs) - 1 and (
-            is_over or (state.limit is not None and state.calm < self.patience)
+            is_all_used or (state.limit is not None and state.calm < self.patience)
         )
         if not is_limited:
             return replace(state, limit=None, retry_seconds=1.0, rate=0.0)

@@ -1,7 +1,7 @@
 """Scores of many inputs for one user by matrix-vector products, and the best of all inputs; pure NumPy.
 
-An input is one row [E[φφᵀ] packed | Cov(o, φ) | E[o] | Var[o]], whose first d entries are φ (φ₀ = 1), so that a request
-gathers its rows once:
+An input is one row [E[φφᵀ] packed | Cov(o, φ) | Var[o] | E[o]], whose first d entries are φ (φ₀ = 1), and a user is w with one
+vector against all of the row but its end, so that a request gathers its rows once and multiplies twice:
 
     E[h] = o + w·φ        Var[h] = tr(E[wwᵀ] E[φφᵀ]) − (w·φ)² + Var[o] + 2 w·Cov(o, φ)        (:func:`mtl.working.belief`)
 """
@@ -18,14 +18,12 @@ from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import Loss
 
-_GROUP = 1024  # inputs of which top-k looks at the largest score first
-
 
 class Weights(NamedTuple):
     """What is believed of one user's weights, ready to score with."""
 
     mean: Array  # E[w], (d,)
-    second: Array  # E[wwᵀ], packed, entries beside the diagonal doubled (d(d+1)/2,)
+    quadratic: Array  # E[wwᵀ] packed with entries beside the diagonal doubled, 2 E[w], 1: (width − 1,)
     n_events: int
 
 
@@ -36,44 +34,42 @@ def width(d: int) -> int:
 def feature_rows(features: Features) -> Array:
     """(n, width) of n inputs."""
     with_offset = features.offset_phi - features.offset[:, None] * features.phi
-    return np.column_stack([features.second_moment, with_offset, features.offset, features.offset_variance])
+    return np.column_stack([features.second_moment, with_offset, features.offset_variance, features.offset])
 
 
 def features_of(rows: Array, d: int) -> Features:
     """The way back from :func:`feature_rows`."""
     length = gaussian.packed_length(d)
-    phi, offset = rows[:, :d], rows[:, -2]
+    phi, offset = rows[:, :d], rows[:, -1]
     offset_phi = rows[:, length : length + d] + offset[:, None] * phi
-    return Features(offset, phi, rows[:, :length], offset_phi, rows[:, -1])
+    return Features(offset, phi, rows[:, :length], offset_phi, rows[:, -2])
 
 
 def top_columns(rows: Array, d: int) -> Array:
     """(d, n) float32 of feature rows: o, φ_1 … φ_k, of which top-k takes inner products."""
     columns = np.ascontiguousarray(rows[:, :d].T, np.float32)
-    columns[0] = rows[:, -2]
+    columns[0] = rows[:, -1]
     return columns
 
 
-def second_moments(mean: Array, covariance: Array) -> Array:
-    """E[wwᵀ] as :class:`Weights` has it, of n Gaussians with means (n, d) and packed covariances."""
-    return (gaussian.outer(mean) + covariance) * _twice(mean.shape[1])
+def quadratics(mean: Array, covariance: Array) -> Array:
+    """``quadratic`` of :class:`Weights`, of n Gaussians with means (n, d) and packed covariances: (n, width − 1)."""
+    second = (gaussian.outer(mean) + covariance) * _twice(mean.shape[1])
+    return np.concatenate([second, 2 * mean, np.ones((len(mean), 1))], axis=1)
 
 
 def covariance_of(user: Weights) -> Array:
     """The packed covariance (d(d+1)/2,)."""
-    return user.second / _twice(len(user.mean)) - gaussian.outer(user.mean[None])[0]
+    d = len(user.mean)
+    return user.quadratic[: gaussian.packed_length(d)] / _twice(d) - gaussian.outer(user.mean[None])[0]
 
 
 def belief(rows: Array, user: Weights) -> tuple[Array, Array]:
     """Mean and variance of h of every row (n, width) for the user, (n,) each."""
-    w, second, _ = user
-    d, length = len(w), len(second)
-    known = rows[:, :d] @ w
-    variance = rows[:, :length] @ second
+    known = rows[:, : len(user.mean)] @ user.mean
+    variance = rows[:, :-1] @ user.quadratic
     variance -= known * known
-    variance += rows[:, length : length + d] @ (2 * w)
-    variance += rows[:, -1]
-    known += rows[:, -2]
+    known += rows[:, -1]
     return known, np.maximum(variance, 0.0, out=variance)
 
 
@@ -93,17 +89,19 @@ def linear_scores(columns: Array, user: Weights) -> Array:
 def largest(scores: Array, k: int) -> np.ndarray:
     """Places of the min(k, n) largest finite entries of (n,), the best first.
 
-    The k best are in the k groups of the largest maxima, and only those are looked through (as :mod:`mtl.recommend`).
+    The k best are in the k groups of the largest maxima, and only those are looked through; with groups of √(n/k) both
+    searches are small beside the scores themselves (as :mod:`mtl.recommend` has it for many users at once).
     """
     n = len(scores)
-    groups = n // _GROUP
-    if groups <= 2 * k:
+    size = int((n / k) ** 0.5)
+    if size < 2:
         places = np.arange(n)
     else:
-        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(1)
+        # Group j is j, j + m, j + 2m, …: its maximum is one of elementwise maxima, the cheapest reduction there is.
+        m = n // size
+        maxima = scores[: m * size].reshape(size, m).max(0)
         best = np.argpartition(maxima, -k)[-k:]
-        places = (best[:, None] * _GROUP + np.arange(_GROUP)).ravel()
-        places = np.concatenate([places, np.arange(groups * _GROUP, n)])
+        places = np.concatenate([(best + m * np.arange(size)[:, None]).ravel(), np.arange(m * size, n)])
     values = scores[places]
     if k < len(values):
         chosen = np.argpartition(values, -k)[-k:]

@@ -107,8 +107,8 @@ def users_of(fitted: Fitted, ids: pd.Series) -> list[scorer.Weights]:
         states.append_column(INPUT_ID, [[None] * len(states)]), np.arange(len(states)), len(states), model
     )
     posterior = model.user_posteriors(a, b, prior_mean)
-    second = scorer.second_moments(posterior.mean, posterior.covariance)
-    weights = [scorer.Weights(mean, of, 0) for mean, of in zip(posterior.mean, second, strict=True)]
+    quadratics = scorer.quadratics(posterior.mean, posterior.covariance)
+    weights = [scorer.Weights(mean, of, 0) for mean, of in zip(posterior.mean, quadratics, strict=True)]
     place = {user: i for i, user in enumerate(states[USER_ID].to_pylist())}
     return [weights[place[user]] for user in ids]
 

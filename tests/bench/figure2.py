@@ -143,8 +143,8 @@ def measure(workload: Workload, strategy: str, given: argparse.Namespace) -> dic
     requests = given.dear_requests if is_slow else given.requests
     users, inputs = zipf(USERS, 2 * requests, random), zipf(workload.n, (2 * requests, AT_ONCE), random)
     means = random.normal(size=(USERS, K + 1))
-    seconds = scorer.second_moments(means, covariances(USERS))
-    weights = [scorer.Weights(mean, second, 20) for mean, second in zip(means, seconds, strict=True)]
+    quadratics = scorer.quadratics(means, covariances(USERS))
+    weights = [scorer.Weights(mean, second, 20) for mean, second in zip(means, quadratics, strict=True)]
     states = [0] * USERS
     features = RowCache(scorer.width(K + 1), CACHE_BYTES) if uses_features else None
     predictions = PredictionCache(CACHE_BYTES) if uses_predictions else None

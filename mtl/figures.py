@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,69 @@ def plot_errors_by_events(
         )
         axes.legend(frameon=False, ncols=len(series), loc="upper right")
         axes.margins(x=0.09, y=0.18)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """y against x, between low and high where there is an interval."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def plot_curves(
+    path: str | Path,
+    curves: Mapping[str, Curve],
+    title: str,
+    x: str,
+    y: str,
+    x_log: bool = False,
+    mark: tuple[float, float, str] | None = None,
+) -> None:
+    """Curves by name, four at most.
+
+    Args:
+        x, y: what the axes are, with their units.
+        x_log: the x axis is logarithmic.
+        mark: a point of note (x, y) and what is said of it.
+    """
+    with _figure(path, 8, 4.8) as axes:
+        for (name, curve), (colour, marker, line) in zip(curves.items(), _STYLES, strict=False):
+            every = max(1, len(curve.x) // 12)
+            axes.plot(curve.x, curve.y, color=colour, marker=marker, markevery=every, linestyle=line, label=name)
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        if x_log:
+            axes.set_xscale("log")
+        if mark:
+            axes.annotate(
+                mark[2],
+                mark[:2],
+                (20, 30),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "->", "color": "#444444"},
+            )
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.legend(frameon=False)
+
+
+def plot_bars(path: str | Path, groups: Mapping[str, Mapping[str, float]], title: str, y: str) -> None:
+    """Bars by group and, side by side within it, by series (the same in all groups, four at most), on a logarithmic axis."""
+    with _figure(path, 1.5 + 2.6 * len(groups), 4.8) as axes:
+        series = list(next(iter(groups.values())))
+        width = 0.8 / len(series)
+        for j, (name, (colour, *_)) in enumerate(zip(series, _STYLES, strict=False)):
+            at = [i + (j - (len(series) - 1) / 2) * width for i in range(len(groups))]
+            bars = axes.bar(at, [group[name] for group in groups.values()], 0.92 * width, color=colour, label=name)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_yscale("log")
+        axes.set(title=title, ylabel=y)
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.15)
+        axes.legend(frameon=False, ncols=len(series))
 
 
 def _between(low: int, high: int | None) -> str:

@@ -68,9 +68,11 @@ class Model:
 
     def input_basis(self, attributes: pd.DataFrame) -> Array:
         """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""
-        return self.artefact.inputs.mean(
-            _encoded(self.artefact.input_encoder, attributes, self.artefact.input_implicit)
-        )
+        return self.artefact.inputs.mean(self.encoded_inputs(attributes))
+
+    def encoded_inputs(self, attributes: pd.DataFrame) -> Array:
+        """What the oracle sees of attribute rows of inputs that no event is known of, (n, p)."""
+        return _encoded(self.artefact.input_encoder, attributes, self.artefact.input_implicit)
 
     def features_of_new(self, attributes: pd.DataFrame) -> Features:
         """Features of inputs that no event is known of, from their attribute rows: g(z) with the residuals' covariance."""

@@ -70,6 +70,14 @@ OFFSET_VARIANCE = "offset_variance"  # Var[o]
 RESIDUAL = "residual"  # what training added to the oracle's (o, f_1…f_k), length k+1
 INPUT_CLASS = "input_class"  # equivalence class of the input
 
+# Logs of decisions (files, see mtl.serving.decisions)
+DECISION_ID = "decision_id"
+PROPENSITY = "propensity"  # chance that the policy in use gave to what it chose
+REWARD = "reward"
+PROBABILITY = "probability"  # chance that another policy gives to an input
+PREDICTED = "predicted"  # a model's prediction of the reward of what was chosen
+EXPECTED = "expected"  # and of what another policy would choose, on average
+
 # Users
 A = "a"  # Σ c E[φφᵀ], packed
 B = "b"  # Σ c (yφ − E[oφ])

@@ -19,7 +19,7 @@ from mtl.catalogue import describe_inputs, read_catalogue
 from mtl.checkpoint import end_of
 from mtl.config import Settings
 from mtl.errors import StateError
-from mtl.ingest import INGEST
+from mtl.ingest import INGEST, batch_name
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
@@ -64,7 +64,7 @@ def _one_live(tables: Tables) -> Check:
 def _ingest_adds_up(tables: Tables) -> Check:
     """offered = accepted + duplicates + quarantined of every batch, and events and quarantine hold that many."""
     ledger = tables.read(schema.LEDGER).where((F.col(schema.QUERY) == INGEST) & (F.col(schema.STATE) == schema.DONE))
-    batch = F.regexp_replace(schema.APPLICATION_ID, f"^{INGEST}-", "").alias(BATCH)
+    batch = batch_name().alias(BATCH)
     counts = (schema.OFFERED, schema.ACCEPTED, schema.DUPLICATES, schema.QUARANTINED)
     written = {
         name: tables.read(table).groupBy(BATCH).agg(F.count(F.lit(1)).alias(name))

@@ -49,6 +49,21 @@ class IngestSettings(_Section):
     recover_after_minutes: float = Field(ge=0)
 
 
+class SourceSettings(_Section):
+    kind: Literal["folder", "delta", "kafka"]
+    path: str
+    bootstrap_servers: str
+    topic: str
+    starting_offsets: str
+    options: dict[str, str]
+    drift: Literal["quarantine", "stop"]
+    trigger_seconds: float = Field(ge=0)
+    max_files_per_trigger: int = Field(ge=1)
+    max_bytes_per_trigger: str = Field(pattern=r"^(\d+[bkmgt]?)?$")
+    max_events_per_trigger: int = Field(ge=0)
+    checkpoint: str
+
+
 class ModelSettings(_Section):
     form: Literal["shared_basis", "multilevel"]
     loss: Literal["squared", "logistic", "poisson"]
@@ -176,6 +191,7 @@ class Settings(_Section):
     tables: TablesSettings
     spark: SparkSettings
     ingest: IngestSettings
+    source: SourceSettings
     model: ModelSettings
     train: TrainSettings
     oracle: OracleSettings

@@ -24,6 +24,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -43,6 +44,7 @@ from mtl.schema import (
     ACCEPTED,
     APPLICATION_ID,
     BATCH,
+    BATCH_ID,
     CREATED_AT,
     DONE,
     DUPLICATES,
@@ -130,7 +132,7 @@ def ingest_files(
             raise InputError(
                 f"--columns {ours}={columns[ours]}: no file offered has a column {columns[ours]} to rename"
             )
-        reports = {offer.table: _persistently(partial(write_attributes, tables, offer)) for offer in offers}
+        reports = {offer.table: persistently(partial(write_attributes, tables, offer)) for offer in offers}
         if offered is None:
             return IngestReport(0, 0, 0, 0, ""), reports
         return _write_events(tables, settings, offered), reports
@@ -170,7 +172,7 @@ def recover(tables: Tables, older_than_minutes: float) -> list[str]:
     before = datetime.now(timezone.utc) - timedelta(minutes=older_than_minutes)
     open_batches = (
         tables.read(LEDGER)
-        .where(F.col(QUERY) == INGEST)
+        .where((F.col(QUERY) == INGEST) & F.col(BATCH_ID).isNull())  # a stream repeats its own
         .groupBy(APPLICATION_ID)
         .agg(
             F.max(F.when(F.col(STATE) != PLANNED, F.col(STATE))).alias(STATE),
@@ -190,16 +192,16 @@ def recover(tables: Tables, older_than_minutes: float) -> list[str]:
         _fence(tables, QUARANTINE, application, _REFUSED)
     if abandoned:
         stale = F.col(BATCH).isin([_batch(application) for application in abandoned])
-        _persistently(lambda: tables.delta(QUARANTINE).delete(stale))
+        persistently(lambda: tables.delta(QUARANTINE).delete(stale))
     return [_batch(row[APPLICATION_ID]) for row in pending]
 
 
 def _settle(tables: Tables, planned: Row) -> str:
     application, batch = planned[APPLICATION_ID], _batch(planned[APPLICATION_ID])
     _fence(tables, EVENTS, application, _COMMITTED)
-    accepted = _count(tables, EVENTS, batch)
+    accepted = count_rows(tables, EVENTS, batch)
     nothing_valid = planned[OFFERED] == planned[QUARANTINED]
-    complete = accepted > 0 or (nothing_valid and _count(tables, QUARANTINE, batch) == planned[QUARANTINED])
+    complete = accepted > 0 or (nothing_valid and count_rows(tables, QUARANTINE, batch) == planned[QUARANTINED])
     duplicates = planned[OFFERED] - planned[QUARANTINED] - accepted
     report = IngestReport(planned[OFFERED], accepted, duplicates, planned[QUARANTINED], batch)
     if not complete:
@@ -228,14 +230,14 @@ def _write_events(tables: Tables, settings: Settings, offered: _OfferedEvents) -
     _quarantine(tables, offered)
     _insert(tables, offered)
     plan = offered.plan
-    accepted = _count(tables, EVENTS, plan.batch)
+    accepted = count_rows(tables, EVENTS, plan.batch)
     report = replace(plan, accepted=accepted, duplicates=plan.offered - plan.quarantined - accepted)
     if _close(tables, report, offered.source, DONE) == ABANDONED:
         raise StateError(
             f"batch {plan.batch} took longer than ingest.recover_after_minutes and another ingest declared it "
             f"crashed; nothing of it was kept: ingest {offered.source} again"
         )
-    refused = _count(tables, QUARANTINE, plan.batch) if plan.quarantined else 0
+    refused = count_rows(tables, QUARANTINE, plan.batch) if plan.quarantined else 0
     if report.duplicates < 0 or refused != plan.quarantined:
         raise StateError(f"batch {plan.batch} does not add up: {report}; run jobs/audit.py")
     log.info("ingest: %s: %s", offered.source, report)
@@ -247,25 +249,50 @@ def _plan(tables: Tables, offered: _OfferedEvents) -> None:
 
 
 def _quarantine(tables: Tables, offered: _OfferedEvents) -> None:
-    if not offered.plan.quarantined:
-        return
-    rows = offered.rows.where(F.col(REASON).isNotNull()).select(
-        RAW, REASON, *_origin(offered), F.current_timestamp().alias(CREATED_AT)
+    if offered.plan.quarantined:
+        quarantine(tables, offered.rows, _origin(offered), (_application(offered.plan.batch), _REFUSED))
+
+
+def quarantine(tables: Tables, rows: DataFrame, origin: tuple[Column, Column], once: tuple[str, int]) -> None:
+    """Append those of the typed rows that have a reason to the quarantine, at most once."""
+    refused = rows.where(F.col(REASON).isNotNull()).select(
+        RAW, REASON, *origin, F.current_timestamp().alias(CREATED_AT)
     )
-    tables.append(QUARANTINE, rows, once=(_application(offered.plan.batch), _REFUSED))
+    persistently(lambda: tables.append(QUARANTINE, refused, once=once))
 
 
 def _insert(tables: Tables, offered: _OfferedEvents) -> None:
-    valid = offered.rows.where(F.col(REASON).isNull()).select(*EVENT_COLUMNS)
-    events = valid.distinct()
-    if offered.ids_given:  # derived ids are equal only where the rows are
-        # Rows of one id that differ: the smallest stays, whichever partition it came from.
-        smallest = F.min(F.struct(*EVENT_COLUMNS[1:])).alias("smallest")
-        events = events.groupBy(EVENT_ID).agg(smallest).select(EVENT_ID, "smallest.*")
-    events = events.select("*", *_origin(offered))
+    valid = offered.rows.where(F.col(REASON).isNull())
+    events = distinct_events(valid, offered.ids_given).select("*", *_origin(offered))
+    application = _application(offered.plan.batch)
+    merge_events(tables, events, application, once=(application, _COMMITTED))
+
+
+def distinct_events(valid: DataFrame, ids_given: bool) -> DataFrame:
+    """One row an event id; of rows that differ the smallest, whichever partition it came from.
+
+    Args:
+        ids_given: False where all ids are derived: they are equal only where the rows are.
+    """
+    events = valid.select(*EVENT_COLUMNS).distinct()
+    if not ids_given:
+        return events
+    smallest = F.min(F.struct(*EVENT_COLUMNS[1:])).alias("smallest")
+    return events.groupBy(EVENT_ID).agg(smallest).select(EVENT_ID, "smallest.*")
+
+
+def merge_events(tables: Tables, events: DataFrame, application: str, once: tuple[str, int] | None = None) -> None:
+    """Insert those events whose id is not in the table, in one commit; no other ingest comes in between.
+
+    Args:
+        events: one row an id.
+        application: the ingest's own, whose open batches are not in its way.
+        once: (application, version) of the commit; None where a repeated merge finds its own rows.
+    """
+    fence_streams(tables, application)
 
     def merge() -> None:
-        with tables.once(_application(offered.plan.batch), _COMMITTED):
+        with tables.once(*once) if once else nullcontext():
             (
                 tables.delta(EVENTS)
                 .alias("known")
@@ -274,7 +301,24 @@ def _insert(tables: Tables, offered: _OfferedEvents) -> None:
                 .execute()
             )
 
-    _persistently(merge)
+    persistently(merge)
+
+
+def open_batches(tables: Tables, application: str) -> list[tuple[str, int | None]]:
+    """(application, number) of the ingests other than ``application`` that are planned and not closed.
+
+    The number is None for files and the micro-batch's for a stream.
+    """
+    rows = tables.read(LEDGER).where((F.col(QUERY) == INGEST) & (F.col(APPLICATION_ID) != application))
+    batches = rows.groupBy(APPLICATION_ID, BATCH_ID).agg(F.bool_and(F.col(STATE) == PLANNED).alias(STATE))
+    return [(row[APPLICATION_ID], row[BATCH_ID]) for row in batches.where(F.col(STATE)).collect()]
+
+
+def fence_streams(tables: Tables, application: str) -> None:
+    """Let no open micro-batch of a stream other than ``application`` append any more: it will have to merge."""
+    for other, number in open_batches(tables, application):
+        if number is not None:
+            _fence(tables, EVENTS, other, number)
 
 
 def _close(tables: Tables, report: IngestReport, source: str, state: str) -> str:
@@ -285,30 +329,29 @@ def _close(tables: Tables, report: IngestReport, source: str, state: str) -> str
 
 
 def _record(tables: Tables, report: IngestReport, source: str, state: str, version: int) -> None:
-    values = {
-        QUERY: INGEST,
-        APPLICATION_ID: _application(report.batch),
-        SOURCE: source,
-        STATE: state,
-        OFFERED: report.offered,
-        ACCEPTED: report.accepted,
-        DUPLICATES: report.duplicates,
-        QUARANTINED: report.quarantined,
-        CREATED_AT: datetime.now(timezone.utc),
-    }
-    row = tables.spark.createDataFrame([tuple(map(values.get, SCHEMAS[LEDGER].names))], SCHEMAS[LEDGER])
+    record(tables, (_application(report.batch), version), {SOURCE: source, STATE: state, **counts(report)})
 
-    _persistently(lambda: tables.append(LEDGER, row, once=(_application(report.batch), version)))
+
+def record(tables: Tables, once: tuple[str, int], values: Mapping[str, object]) -> None:
+    """Write a ledger row of the ingest ``once[0]``, at most once for (application, version)."""
+    row = {QUERY: INGEST, APPLICATION_ID: once[0], CREATED_AT: datetime.now(timezone.utc), **values}
+    rows = tables.spark.createDataFrame([tuple(map(row.get, SCHEMAS[LEDGER].names))], SCHEMAS[LEDGER])
+    persistently(lambda: tables.append(LEDGER, rows, once=once))
+
+
+def counts(report: IngestReport) -> dict[str, int]:
+    """The report's counts by the ledger's columns."""
+    return {name: getattr(report, name) for name in (OFFERED, ACCEPTED, DUPLICATES, QUARANTINED)}
 
 
 def _fence(tables: Tables, table: str, application: str, version: int) -> None:
     """Use up (application, version) on the table, so that whoever comes later with it changes nothing."""
 
     nothing = tables.spark.createDataFrame([], SCHEMAS[table])
-    _persistently(lambda: tables.append(table, nothing, once=(application, version)))
+    persistently(lambda: tables.append(table, nothing, once=(application, version)))
 
 
-def _persistently(write: Callable[[], Done]) -> Done:
+def persistently(write: Callable[[], Done]) -> Done:
     """Repeat a write that lost to a concurrent one."""
     for attempt in range(1, _ATTEMPTS):
         try:
@@ -319,7 +362,8 @@ def _persistently(write: Callable[[], Done]) -> Done:
     return write()
 
 
-def _count(tables: Tables, table: str, batch: str) -> int:
+def count_rows(tables: Tables, table: str, batch: str) -> int:
+    """Rows of ``table`` that the ingest batch wrote."""
     return tables.read(table).where(F.col(BATCH) == batch).count()
 
 
@@ -329,6 +373,12 @@ def _origin(offered: _OfferedEvents) -> tuple[Column, Column]:
 
 def _application(batch: str) -> str:
     return f"{INGEST}-{batch}"
+
+
+def batch_name() -> Column:
+    """The name under which events and quarantine have a ledger row's batch, of a file or a stream."""
+    digits = F.regexp_replace(APPLICATION_ID, f"^{INGEST}-", "")
+    return F.concat_ws("-", digits, F.lpad(F.col(BATCH_ID).cast("string"), 9, "0"))
 
 
 def _batch(application: str) -> str:

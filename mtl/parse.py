@@ -157,6 +157,13 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str) -> DataF
     )
 
 
+def refused_events(file: SourceFile, reason: str) -> DataFrame:
+    """All rows of a file as :func:`typed_events` has refused ones."""
+    kinds = {LABEL: "double", WEIGHT: "double", EVENT_TIME: "timestamp"}
+    nothing = (F.lit(None).cast(kinds.get(name, "string")).alias(name) for name in EVENT_COLUMNS)
+    return file.rows.select(*nothing, F.lit(reason).alias(REASON), file.raw().alias(RAW))
+
+
 def checked_events(rows: DataFrame, user: str, input: str, label: str, weight: str | None, loss: str) -> DataFrame:
     """(user_id, input_id, label, weight, reason): rows of a DataFrame as events, with the reason for refusing one.
 

@@ -42,12 +42,15 @@ class SourceFile:
     format: str
     rows: DataFrame
     columns: tuple[str, ...]
+    line: str | None = None  # a column that has the row as it came, where there is one
 
     def kind(self, column: str) -> T.DataType:
         return self.rows.schema[column].dataType
 
     def raw(self) -> Column:
         """The row as it came, as JSON; of a line that is no row, its text."""
+        if self.line:
+            return F.col(self.line)
         whole = F.to_json(F.struct(*(quoted(name) for name in self.columns)), {"ignoreNullFields": "false"})
         line = F.to_json(F.struct(F.col(MALFORMED).alias("malformed")))
         return F.when(F.col(MALFORMED).isNotNull(), line).otherwise(whole)
@@ -85,12 +88,28 @@ def open_file(spark: SparkSession, path: str, settings: IngestSettings, texts: C
     Raises:
         InputError: the path is missing, holds no readable file, its format is unknown, or it is empty or corrupt.
     """
-    format = _format(path, settings.format)
+    format = format_of(path, settings.format)
+    return open_alike(spark, path, [path], format, settings, texts)
+
+
+def open_alike(
+    spark: SparkSession,
+    path: str,
+    files: list[str],
+    format: str,
+    settings: IngestSettings,
+    texts: Collection[str] | None = None,
+) -> SourceFile:
+    """Open files of one format and, but for JSON lines, the same columns, as one; see :func:`open_file`.
+
+    Args:
+        path: what the messages call them.
+    """
     with readable(path, format):
         if format == "parquet":
-            rows = _parquet(spark, path)
+            rows = _parquet(spark, files)
         else:
-            rows = _csv(spark, path, settings, texts) if format == "csv" else _jsonl(spark, path, texts)
+            rows = _csv(spark, files, settings, texts) if format == "csv" else _jsonl(spark, files, texts)
     columns = tuple(name for name in rows.columns if name != MALFORMED)
     twice = [name for name in columns if [other.lower() for other in columns].count(name.lower()) > 1]
     if twice:
@@ -150,8 +169,13 @@ def _nearest(file: SourceFile, name: str, ours: Sequence[str]) -> str:
     return lower[difflib.get_close_matches(name.lower(), lower, 1, 0.0)[0]] if lower else "none"
 
 
-def _format(path: str, configured: str) -> str:
-    files = [path] if _REMOTE.match(path) else _local_files(path)
+def format_of(path: str, configured: str) -> str:
+    """parquet, csv or jsonl: as configured, or by the endings of the file or the folder's files.
+
+    Raises:
+        InputError: there is no such path, or the endings do not say.
+    """
+    files = [path] if is_remote(path) else local_files(path)
     if configured != "auto":
         return configured
     formats = {}
@@ -170,7 +194,7 @@ def _format(path: str, configured: str) -> str:
     return next(iter(formats))
 
 
-def _local_files(path: str) -> list[str]:
+def local_files(path: str) -> list[str]:
     """The files Spark will read: of a folder its own and those in partition folders key=value, hidden ones not."""
     if not os.path.exists(path):
         raise InputError(f"{path}: there is no such file or folder")
@@ -187,23 +211,36 @@ def _local_files(path: str) -> list[str]:
     return files
 
 
-def _parquet(spark: SparkSession, path: str) -> DataFrame:
-    if not _REMOTE.match(path):
-        # Spark would find a bad footer too, but with its executors' stack traces on the terminal.
-        for file in _local_files(path):
-            try:
-                pyarrow.parquet.read_metadata(file)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise InputError(f"{file}: cannot be read as parquet: {error}") from None
+def parquet_shape(file: str) -> str:
+    """Names and types of the columns of a local file, from its footer.
+
+    Raises:
+        InputError: it is no Parquet file.
+    """
+    # Spark would find a bad footer too, but with its executors' stack traces on the terminal.
+    try:
+        return str(pyarrow.parquet.read_schema(file).remove_metadata())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: cannot be read as parquet: {error}") from None
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path is a URI, for Spark to open."""
+    return bool(_REMOTE.match(path))
+
+
+def _parquet(spark: SparkSession, paths: list[str]) -> DataFrame:
+    for file in (file for path in paths if not is_remote(path) for file in local_files(path)):
+        parquet_shape(file)
     spark.conf.set(_NANOS_AS_LONG, "true")
     try:
-        rows = spark.read.option("mergeSchema", "true").parquet(path)
+        rows = spark.read.option("mergeSchema", "true").parquet(*paths)
     finally:
         spark.conf.unset(_NANOS_AS_LONG)
     return rows.withColumn(MALFORMED, F.lit(None).cast("string"))
 
 
-def _csv(spark: SparkSession, path: str, settings: IngestSettings, texts: Collection[str] | None) -> DataFrame:
+def _csv(spark: SparkSession, paths: list[str], settings: IngestSettings, texts: Collection[str] | None) -> DataFrame:
     options: dict[str, bool | str] = {
         "header": True,
         "sep": settings.csv_delimiter,
@@ -213,18 +250,18 @@ def _csv(spark: SparkSession, path: str, settings: IngestSettings, texts: Collec
         "columnNameOfCorruptRecord": MALFORMED,
     }
     # The typed pass looks at every value; the untyped one at the first line only.
-    schema = spark.read.options(**options).option("inferSchema", texts is not None).csv(path).schema
+    schema = spark.read.options(**options).option("inferSchema", texts is not None).csv(paths).schema
     if not schema.fields:
-        raise InputError(f"{path}: the file is empty: a CSV file begins with a header line")
-    return spark.read.options(**options).schema(_with_texts(schema, texts)).csv(path)
+        raise InputError(f"{paths[0]}: the file is empty: a CSV file begins with a header line")
+    return spark.read.options(**options).schema(_with_texts(schema, texts)).csv(paths)
 
 
-def _jsonl(spark: SparkSession, path: str, texts: Collection[str] | None) -> DataFrame:
+def _jsonl(spark: SparkSession, paths: list[str], texts: Collection[str] | None) -> DataFrame:
     reader = spark.read.option("columnNameOfCorruptRecord", MALFORMED)
-    schema = reader.option("primitivesAsString", texts is None).json(path).schema
+    schema = reader.option("primitivesAsString", texts is None).json(paths).schema
     if not [name for name in schema.names if name != MALFORMED]:
-        raise InputError(f"{path}: there is no row: a JSON-lines file has one JSON object on each line")
-    return reader.schema(_with_texts(schema, texts)).json(path)
+        raise InputError(f"{paths[0]}: there is no row: a JSON-lines file has one JSON object on each line")
+    return reader.schema(_with_texts(schema, texts)).json(paths)
 
 
 def _with_texts(schema: T.StructType, texts: Collection[str] | None) -> T.StructType:

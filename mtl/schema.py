@@ -248,7 +248,8 @@ _LONG_MEMORY = {
 }
 _MERGED = {**_LONG_MEMORY, "delta.enableDeletionVectors": "true"}
 PROPERTIES: dict[str, dict[str, str]] = {
-    EVENTS: {**_LONG_MEMORY, "delta.appendOnly": "true"},
+    # A MERGE of new events must not pass by an append that came meanwhile (mtl.intake).
+    EVENTS: {**_LONG_MEMORY, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
     QUARANTINE: _LONG_MEMORY,
     INPUTS: {**_MERGED, "delta.enableChangeDataFeed": "true"},
     USER_ATTRIBUTES: _MERGED,

@@ -43,7 +43,7 @@ class Stream:
         self.query: StreamingQuery | None = None
         checkpoint = Checkpoint(folder_of(tables, settings, model.version))
         self._held = ExitStack()
-        self._held.enter_context(exclusive(f"{checkpoint.folder}.lock", f"model version {model.version}"))
+        self._held.enter_context(exclusive(f"{checkpoint.folder}.lock", f"the update of model version {model.version}"))
         try:
             self.updater = self._open(checkpoint, from_ledger)
         except BaseException:

@@ -75,7 +75,7 @@ def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:  # noqa: 
     with exclusive(f"{folder_of(live, settings(), 2)}.lock", "the test"):
         result = update(live, AUTOMATIC)
     assert result["applied"] == 50
-    assert "in the hands of another job" in result["failed_candidates"][2]
+    assert "the update of model version 2 is run by" in result["failed_candidates"][2]
 
 
 def test_surprise_beyond_the_limit_asks_for_a_retraining_and_a_retraining_answers(live: Tables) -> None:  # noqa: F811

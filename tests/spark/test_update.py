@@ -303,7 +303,7 @@ def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit
 def test_a_second_job_on_the_same_version_is_refused(live: Tables) -> None:
     with (
         exclusive(f"{folder_of(live, settings(), 1)}.lock", "the test"),
-        pytest.raises(StateError, match="model version 1 is in the hands of another job"),
+        pytest.raises(StateError, match="update of model version 1 is run by"),
     ):
         update(live, settings())
 

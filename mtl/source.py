@@ -1,0 +1,258 @@
+"""Where the ingest stream takes its rows from: a folder, a Delta table or a Kafka topic; their columns as they drift.
+
+A folder is streamed by the names of its files; each micro-batch opens its files as :mod:`mtl.read` opens offered ones.
+A file is to be moved into the folder whole, for it is read once.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from mtl.config import Settings
+from mtl.errors import ConfigError, InputError, StateError
+from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, refused_events, typed_events
+from mtl.read import MALFORMED, SourceFile, format_of, is_remote, match, open_alike, parquet_shape
+from mtl.schema import EVENT_ID
+
+_FILES = "path string, modificationTime timestamp, length long, content binary"
+_VALUE = "value"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A configured source of events.
+
+    Args:
+        columns: our column → the source's.
+    """
+
+    spark: SparkSession
+    settings: Settings
+    columns: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What tables and messages call it."""
+        source = self.settings.source
+        return f"kafka:{source.topic}" if source.kind == "kafka" else source.path
+
+    @property
+    def slug(self) -> str:
+        """A file name for it."""
+        source = self.settings.source
+        whole = "\n".join((source.kind, source.path, source.bootstrap_servers, source.topic))
+        return f"{source.kind}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+    def stream(self) -> DataFrame:
+        """The streaming DataFrame whose micro-batches :meth:`events` understands.
+
+        Raises:
+            ConfigError: a setting of this kind of source is missing.
+            InputError: there is no such folder or table.
+            StateError: Kafka's jars are missing.
+        """
+        source = self.settings.source
+        needed = ("bootstrap_servers", "topic") if source.kind == "kafka" else ("path",)
+        for name in needed:
+            if not getattr(source, name):
+                raise ConfigError(f"source.{name} is empty: source.kind = {source.kind!r} needs it")
+        limits: dict[str, str | int] = {"maxFilesPerTrigger": source.max_files_per_trigger}
+        if source.max_bytes_per_trigger:
+            limits["maxBytesPerTrigger"] = source.max_bytes_per_trigger
+        if source.kind == "kafka":
+            return self._topic()
+        reader = self.spark.readStream.options(**limits, **source.options)
+        if source.kind == "folder":
+            if not (is_remote(source.path) or os.path.isdir(source.path)):
+                raise InputError(f"source.path {source.path}: there is no such folder")
+            return reader.format("binaryFile").schema(_FILES).load(source.path).select("path")
+        reader = reader.format("delta")
+        try:
+            in_catalog = re.fullmatch(r"\w+(\.\w+){1,2}", source.path)
+            return reader.table(source.path) if in_catalog else reader.load(source.path)
+        except PySparkException as error:
+            raise InputError(f"source.path {source.path}: {str(error).splitlines()[0]}") from None
+
+    def _topic(self) -> DataFrame:
+        source = self.settings.source
+        options: dict[str, str | int] = {
+            "kafka.bootstrap.servers": source.bootstrap_servers,
+            "subscribe": source.topic,
+            "startingOffsets": source.starting_offsets,
+        }
+        if source.max_events_per_trigger:
+            options["maxOffsetsPerTrigger"] = source.max_events_per_trigger
+        try:
+            rows = self.spark.readStream.format("kafka").options(**options, **source.options).load()
+        except (PySparkException, Py4JJavaError) as error:
+            if "Failed to find" in str(error) or "ClassNotFound" in str(error) or "NoClassDef" in str(error):
+                raise StateError(
+                    "Kafka's jars are not beside Spark's own: run 'make setup' where Maven Central can be reached, or "
+                    'set spark.options "spark.jars.packages" to org.apache.spark:spark-sql-kafka-0-10_2.13'
+                ) from None
+            raise
+        return rows.select(F.col("value").cast("string").alias(_VALUE))
+
+    def events(self, batch: DataFrame, seen: Columns) -> tuple[DataFrame, bool]:
+        """The rows of a micro-batch as :func:`mtl.parse.typed_events` has them, and whether any came with an id.
+
+        Args:
+            seen: what the source's columns were, for drift.
+
+        Raises:
+            InputError: columns drifted, or a file cannot be read, and ``source.drift`` says stop.
+        """
+        parts, ids_given = [], False
+        for offered in self._offered(batch):
+            if isinstance(offered, DataFrame):
+                parts.append(offered)
+                continue
+            try:
+                found = match(offered, self.columns, EVENT_COLUMNS, ())
+                typed = typed_events(offered, found, self.settings.model.loss)
+                seen.check(offered, found)
+                parts.append(typed)
+                ids_given |= EVENT_ID in found
+            except InputError as error:
+                parts.append(self._refused(offered, error))
+        return reduce(DataFrame.unionByName, parts), ids_given
+
+    def _refused(self, offered: SourceFile, error: InputError) -> DataFrame:
+        if self.settings.source.drift == "stop":
+            raise error
+        return refused_events(offered, str(error).removeprefix(f"{offered.path}: "))
+
+    def _offered(self, batch: DataFrame) -> Iterator[SourceFile | DataFrame]:
+        kind = self.settings.source.kind
+        if kind == "folder":
+            yield from self._files([_plain(row[0]) for row in batch.select("path").collect()])
+        elif kind == "delta":
+            rows = batch.withColumn(MALFORMED, F.lit(None).cast("string"))
+            yield SourceFile(self.name, "parquet", rows, tuple(batch.columns))
+        else:
+            names = [self.columns.get(name, name) for name in EVENT_COLUMNS]
+            kind_of_row = T.StructType([T.StructField(name, T.StringType()) for name in (*names, MALFORMED)])
+            parsed = F.from_json(_VALUE, kind_of_row, {"columnNameOfCorruptRecord": MALFORMED})
+            rows = batch.select(_VALUE, parsed.alias("row")).select(_VALUE, "row.*")
+            yield SourceFile(self.name, "jsonl", rows, tuple(names), line=_VALUE)
+
+    def _files(self, paths: list[str]) -> Iterator[SourceFile | DataFrame]:
+        """Files of the same format and columns together, so that a micro-batch is few reads."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for path in sorted(paths):
+            try:
+                alike.setdefault(self._shape(path), []).append(path)
+            except InputError as error:
+                yield self._unreadable(path, error)
+        for (format, _), files in alike.items():
+            name = files[0] if len(files) == 1 else f"{self.name} ({', '.join(map(os.path.basename, files))})"
+            try:
+                yield open_alike(self.spark, name, files, format, self.settings.ingest)
+            except InputError as error:
+                if len(files) == 1:
+                    yield self._unreadable(name, error)
+                else:
+                    for file in files:
+                        yield from self._files([file])
+
+    def _shape(self, path: str) -> tuple[str, str]:
+        format = format_of(path, self.settings.ingest.format)
+        if format == "jsonl":
+            return format, ""  # rows name their columns
+        if is_remote(path):
+            return format, path
+        return format, parquet_shape(path) if format == "parquet" else _header(path)
+
+    def _unreadable(self, path: str, error: InputError) -> DataFrame:
+        """One row in the place of a file that cannot be read."""
+        if self.settings.source.drift == "stop":
+            raise error
+        row = self.spark.createDataFrame([(json.dumps({"file": path}),)], f"{_VALUE} string")
+        rows = row.withColumn(MALFORMED, F.lit(None).cast("string"))
+        return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), str(error).removeprefix(f"{path}: "))
+
+
+class Columns:
+    """Which of our columns a source had at first, and of what kind, kept in a file; drift is what differs.
+
+    A column that was not there at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that
+    is none is a matter of its row. JSON rows name their columns each, so that only a whole file's absence is noticed.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.first: dict[str, dict[str, str]] = {}
+        if os.path.exists(path):
+            with open(path) as file:
+                self.first = json.load(file)
+
+    def check(self, file: SourceFile, found: Mapping[str, str]) -> None:
+        """Compare a file's columns with the first of its format, or remember them as the first.
+
+        Args:
+            found: our column → the file's.
+
+        Raises:
+            InputError: a column that is required or was there at first is missing, or has another type.
+        """
+        types = {ours: file.kind(theirs) for ours, theirs in found.items()}
+        kinds = {ours: _kind(type) for ours, type in types.items() if not isinstance(type, T.NullType)}
+        first = self.first.get(file.format, {})
+        wrong = [
+            f"column {name} ({first.get(name, 'required')}) is missing"
+            for name in EVENT_COLUMNS
+            if name not in found and (name in first or name in REQUIRED_EVENT_COLUMNS)
+        ]
+        wrong += [
+            f"column {found[name]} ({name}) was {first[name]} and is {kind} ({types[name].simpleString()})"
+            for name, kind in kinds.items()
+            if first.get(name, kind) != kind
+        ]
+        if wrong:
+            raise InputError(f"{file.path}: {'; '.join(wrong)}")
+        if kinds.keys() - first.keys():
+            self.first[file.format] = {**kinds, **first}
+            with open(f"{self.path}.part", "w") as out:
+                json.dump(self.first, out)
+            os.replace(f"{self.path}.part", self.path)
+
+
+def _kind(type: T.DataType) -> str:
+    kinds = {
+        "text": T.StringType,
+        "number": T.NumericType,
+        "boolean": T.BooleanType,
+        "time": (T.TimestampType, T.TimestampNTZType, T.DateType),
+    }
+    return next((kind for kind, classes in kinds.items() if isinstance(type, classes)), type.simpleString())
+
+
+def _plain(uri: str) -> str:
+    """A local path without its scheme."""
+    return re.sub("^file:/*", "/", uri)
+
+
+def _header(path: str) -> str:
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(os.path.splitext(path)[1], open)
+    if path.endswith((".zst", ".snappy", ".deflate", ".lz4")):
+        return path  # a shape of its own
+    try:
+        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            return file.readline().strip("\r\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as csv: {error}") from None

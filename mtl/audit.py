@@ -150,15 +150,17 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         name: _relative(F.col(f"stored.{name}"), F.col(f"scratch.{name}")) for name in (schema.A, schema.B, schema.W)
     }
     counts_differ = ~F.col(f"stored.{schema.N_EVENTS}").eqNullSafe(F.col(f"scratch.{schema.N_EVENTS}"))
+    times_differ = ~F.col(f"stored.{schema.REFERENCE_TIME}").eqNullSafe(F.col(f"scratch.{schema.REFERENCE_TIME}"))
     result = both.agg(
         F.count(F.lit(1)).alias("users"),
         F.count_if(counts_differ).alias("counts_differ"),
+        F.count_if(times_differ).alias("reference_times_differ"),
         *(F.max(difference).alias(f"{name}_difference") for name, difference in differences.items()),
     ).first()
     figures = {name: value or 0 for name, value in result.asDict().items()}
     largest = max(figures[f"{name}_difference"] for name in differences)
     return {
-        "holds": not figures["counts_differ"] and largest <= tolerance,
+        "holds": not (figures["counts_differ"] or figures["reference_times_differ"]) and largest <= tolerance,
         **figures,
         "tolerance": tolerance,
         "events_version": consumed,

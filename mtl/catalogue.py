@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import blocks
+from mtl.decay import COUNTED
 from mtl.errors import StateError
 from mtl.gaussian import Array
 from mtl.losses import Loss
@@ -23,7 +24,7 @@ from mtl.schema import INPUT_ID, LABEL, WEIGHT
 class Totals:
     """Over some events."""
 
-    n: int
+    n: float  # what they count together: less than their number where old ones are forgotten
     squared_labels: float  # Σ c y²
 
 
@@ -36,7 +37,8 @@ class Catalogue:
     n_events: int
     total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
-    label_variance: float  # Σ c (y − μ)² / n, over events and zeros
+    label_variance: float  # Σ c (y − μ)² / n of what events and zeros count
+    counted: float  # what the events count
     trained: Totals  # of the events that θ is trained on
     kept: Totals  # of these and the events held out
     label_min: float
@@ -47,11 +49,12 @@ class Catalogue:
         n = n_users * len(self.ids)
         total = self.total_weight + weight * n
         mean = self.mean_label * self.total_weight / total
-        squares = self.label_variance * self.n_events + self.mean_label**2 * self.total_weight
+        squares = self.label_variance * self.counted + self.mean_label**2 * self.total_weight
         return replace(
             self,
             mean_label=mean,
-            label_variance=(squares - mean**2 * total) / (self.n_events + n),
+            label_variance=(squares - mean**2 * total) / (self.counted + n),
+            counted=self.counted + n,
             trained=replace(self.trained, n=self.trained.n + n),
             kept=replace(self.kept, n=self.kept.n + n),
             label_min=min(0.0, self.label_min),
@@ -67,13 +70,15 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
     """
     c, y = F.col(WEIGHT), F.col(LABEL)
     role = F.col(ROLE) if ROLE in events.columns else F.lit(blocks.TRAINED)
+    counted = F.col(COUNTED) if COUNTED in events.columns else F.lit(1.0)
     parts = {"trained": role == blocks.TRAINED, "kept": role != blocks.CAPPED}
     sums = {
         "n": F.count(y),
+        "counted": F.sum(counted),
         "c": F.sum(c),
         "cy": F.sum(c * y),
         "cyy": F.sum(c * y * y),
-        **{f"n_{part}": F.count_if(inside) for part, inside in parts.items()},
+        **{f"n_{part}": F.sum(F.when(inside, counted).otherwise(0.0)) for part, inside in parts.items()},
         **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
         "broken": F.count_if(y != F.floor(y)),
         "min": F.min(y),
@@ -90,16 +95,17 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
     ids = pa.array(sorted({*totals[INPUT_ID], *known}), pa.string())
     counts = np.zeros(len(ids), np.int64)
     counts[blocks.index_of(pa.array(totals[INPUT_ID], pa.string()), ids)] = totals["n"]
-    weight, mean, square = (float(totals[name].sum()) for name in ("c", "cy", "cyy"))
+    counted, weight, mean, square = (float(totals[name].sum()) for name in ("counted", "c", "cy", "cyy"))
     mean /= weight
-    of = {part: Totals(int(totals[f"n_{part}"].sum()), float(totals[f"cyy_{part}"].sum())) for part in parts}
+    of = {part: Totals(float(totals[f"n_{part}"].sum()), float(totals[f"cyy_{part}"].sum())) for part in parts}
     return Catalogue(
         ids,
         counts,
         n_events=int(counts.sum()),
         total_weight=weight,
         mean_label=mean,
-        label_variance=square / counts.sum() - mean * mean * weight / counts.sum(),
+        label_variance=square / counted - mean * mean * weight / counted,
+        counted=counted,
         **of,
         label_min=lowest,
         label_max=highest,

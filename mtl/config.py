@@ -68,6 +68,7 @@ class ModelSettings(_Section):
     form: Literal["shared_basis", "multilevel"]
     loss: Literal["squared", "logistic", "poisson"]
     implicit_weight: float = Field(ge=0)
+    half_life_days: float = Field(ge=0, allow_inf_nan=False)
     k: AutoOrAny
     per_user: list[str]
     per_input: list[str]

@@ -22,6 +22,7 @@ from mtl.basis import OracleBasis
 from mtl.blocks import CAPPED, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
+from mtl.decay import last_times, with_ages
 from mtl.differentiable import check_gradient, make_function
 from mtl.distributed import DistributedEngine
 from mtl.encode import Encoder, InputEncoder
@@ -71,6 +72,8 @@ class Trained:
     input_encoder: InputEncoder
     user_implicit: int
     input_implicit: int
+    half_life_days: float = 0.0
+    last: DataFrame | None = None  # (user_id, reference_time) where old events are forgotten
 
     @property
     def report(self) -> dict[str, Any]:
@@ -102,16 +105,14 @@ class Trained:
             artefact=Artefact(
                 self.user_encoder, self.input_encoder, self.user_implicit, self.input_implicit, fit.users, fit.inputs
             ),
+            half_life_days=self.half_life_days,
         )
 
     def feature_rows(self, version: int) -> DataFrame:
         """Rows of the features table."""
         width = self.input_implicit
-        ids, mu, prior = (
-            self.engine.rows.sparkSession.sparkContext.broadcast(self.catalogue.ids),
-            self.mu,
-            self.fit.inputs,
-        )
+        context, mu, prior = self.engine.rows.sparkSession.sparkContext, self.mu, self.fit.inputs
+        ids = context.broadcast(self.catalogue.ids)
 
         def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
             features = Features.of(inputs.mean, inputs.covariance, mu)
@@ -124,7 +125,9 @@ class Trained:
         """Rows of the users table, from one more pass over the events under the final features."""
         arguments = (self.fit.users, self.fit.noise, self.loss, version)
         users = self.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
-        return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
+        if self.last is None:
+            return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
+        return users.join(self.last, USER_ID, "left")
 
 
 def train(
@@ -138,14 +141,14 @@ def train(
     """Fit users, inputs and priors over all events; nothing is written but the checkpoint.
 
     Args:
-        events: user_id, input_id, label, weight.
+        events: user_id, input_id, label, weight; and event_time where old ones are forgotten.
         inputs: input_id and the attributes of inputs; an input may be missing.
         users: user_id and the attributes of users; likewise.
         live: the version to begin from, or of which a part is kept.
         checkpoint: where a training that is interrupted goes on from.
 
     Raises:
-        StateError: there are no events, or all labels are equal.
+        StateError: there are no events, all labels are equal, or one has no time where old ones are forgotten.
         ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
     loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
@@ -153,6 +156,11 @@ def train(
         raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {loss.name}')
     if zero_weight and settings.train.holdout:
         raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
+    half_life, last = settings.model.half_life_days, None
+    if half_life:
+        if zero_weight:
+            raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
+        last, events = last_times(events, schema.REFERENCE_TIME), with_ages(events, half_life)
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
@@ -209,8 +217,8 @@ def train(
     if zero_weight:
         assert isinstance(engine, SparkEngine)
         fit = replace(fit, users=WithZeros.of(fit.users, engine.features, zero_weight))
-    widths = of_users.width, of_inputs.shape[1]
-    return Trained(engine, fit, form, loss, mu, catalogue, user_encoder, input_encoder, *widths)
+    encoded_by = user_encoder, input_encoder, of_users.width, of_inputs.shape[1]
+    return Trained(engine, fit, form, loss, mu, catalogue, *encoded_by, half_life, last)
 
 
 def _input_encoder(settings: Settings, attributes: pd.DataFrame, kinds: T.StructType) -> InputEncoder:
@@ -373,14 +381,13 @@ def _alternate(
             bar.set_postfix_str(f"objective {objective:.1f}")
             log.info("retrain: iteration %d, objective %.3f", iteration, objective)
 
-        n, variance = catalogue.trained.n, catalogue.label_variance
         fit = alternate(
             engine,
             users,
             inputs,
             loss,
-            n,
-            variance,
+            catalogue.trained.n,
+            catalogue.label_variance,
             schedule,
             report,
             start_noise=noise,

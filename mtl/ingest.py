@@ -215,7 +215,8 @@ def _read_events(tables: Tables, settings: Settings, path: str, columns: Mapping
     log.info("ingest: reading events from %s", path)
     file = open_file(tables.spark, path, settings.ingest, texts=None)
     found = match(file, columns, EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS)
-    rows = typed_events(file, found, settings.model.loss).persist()
+    timed = settings.model.half_life_days > 0
+    rows = typed_events(file, found, settings.model.loss, timed).persist()
     with readable(path, file.format):
         counts = rows.agg(F.count("*"), F.count(REASON)).collect()[0]
     plan = IngestReport(counts[0], 0, 0, counts[1], uuid.uuid4().hex)

@@ -51,6 +51,7 @@ class Model:
     events_version: int
     inputs_version: int
     artefact: Artefact = field(repr=False)
+    half_life_days: float = 0.0  # of an event in its user's sums (mtl.decay); 0: nothing is forgotten
 
     @property
     def d(self) -> int:
@@ -116,6 +117,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
         events_version=row[schema.EVENTS_VERSION],
         inputs_version=row[schema.INPUTS_VERSION],
         artefact=cloudpickle.loads(row[schema.ARTEFACT]),
+        half_life_days=row[schema.HALF_LIFE_DAYS],
     )
 
 
@@ -145,6 +147,7 @@ def model_row(
         schema.EVENTS_VERSION: model.events_version,
         schema.INPUTS_VERSION: model.inputs_version,
         schema.N_EVENTS: n_events,
+        schema.HALF_LIFE_DAYS: model.half_life_days,
         schema.OBJECTIVE: list(objective),
         schema.METRICS: json.dumps(metrics),
         schema.SETTINGS: settings.model_dump_json(),

@@ -34,7 +34,12 @@ SETTINGS = {
 """Param → the setting that it stands for."""
 
 _SECTIONS = ("model", "train", "oracle", "encode")  # what a fit looks at
-_OF_TABLES = ("train.warm_start", "train.lock", "train.checkpoint")  # of versions in tables, which a fit has not
+_OF_TABLES = (
+    "train.warm_start",
+    "train.lock",
+    "train.checkpoint",
+    "model.half_life_days",
+)  # of tables, which a fit has not
 _FRAMES = "frames"
 
 C = TypeVar("C", bound=type[Params])

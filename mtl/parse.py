@@ -81,12 +81,13 @@ def derived_id() -> Column:
     return F.substring(F.sha2(F.concat_ws("\u001f", *parts), 256), 1, 32)
 
 
-def refusal(format: str, loss: str) -> Column:
+def refusal(format: str, loss: str, timed: bool = False) -> Column:
     """All reasons for which a typed row is no event, joined by "; ", or null where there is none.
 
     Args:
         format: of the file, to name a malformed line by.
         loss: of the model; ``logistic`` accepts the labels 0 and 1 only, ``poisson`` counts.
+        timed: whether every event needs a time.
     """
     label, weight = F.col(LABEL), F.col(WEIGHT)
     there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME)}
@@ -101,6 +102,8 @@ def refusal(format: str, loss: str) -> Column:
         (_finite(weight) & (weight <= 0), f"{WEIGHT} is not above 0"),
         (there[EVENT_TIME] & F.col(EVENT_TIME).isNull(), f"{EVENT_TIME} is not understood"),
     ]
+    if timed:
+        reasons.append((~there[EVENT_TIME], f"{EVENT_TIME} is missing (model.half_life_days)"))
     if loss == "logistic":
         reasons.append((_finite(label) & ~label.isin(0.0, 1.0), f"{LABEL} is neither 0 nor 1 (logistic loss)"))
     if loss == "poisson":
@@ -112,11 +115,12 @@ def refusal(format: str, loss: str) -> Column:
     )
 
 
-def typed_events(file: SourceFile, found: Mapping[str, str], loss: str) -> DataFrame:
+def typed_events(file: SourceFile, found: Mapping[str, str], loss: str, timed: bool = False) -> DataFrame:
     """The file's rows as events, with the reason of refusal and, where there is one, the raw row.
 
     Args:
         found: our column → the file's, see :func:`mtl.read.match`.
+        loss, timed: see :func:`refusal`.
 
     Raises:
         InputError: a column's type cannot hold what the column means.
@@ -149,7 +153,7 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str) -> DataF
         weight.alias(WEIGHT),
         moment(*cells[EVENT_TIME]).alias(EVENT_TIME),
     )
-    return rows.withColumn(REASON, refusal(file.format, loss)).select(
+    return rows.withColumn(REASON, refusal(file.format, loss, timed)).select(
         F.coalesce(EVENT_ID, derived_id()).alias(EVENT_ID),
         *EVENT_COLUMNS[1:],
         REASON,

@@ -48,6 +48,7 @@ ARTEFACT = "artefact"  # pickled mtl.model.Artefact: encoders, user prior, basis
 EVENTS_VERSION = "events_version"
 INPUTS_VERSION = "inputs_version"
 N_EVENTS = "n_events"
+HALF_LIFE_DAYS = "half_life_days"  # of an event in its user's sums; 0: nothing is forgotten
 OBJECTIVE = "objective"
 METRICS = "metrics"
 SETTINGS = "settings"
@@ -83,7 +84,7 @@ A = "a"  # Σ c E[φφᵀ], packed
 B = "b"  # Σ c (yφ − E[oφ])
 W = "w"  # posterior mean of the user's weights
 PRIOR_MEAN = "prior_mean"
-REFERENCE_TIME = "reference_time"
+REFERENCE_TIME = "reference_time"  # of the last event, which ages are counted from; null where nothing is forgotten
 
 # Ledger
 QUERY = "query"
@@ -160,6 +161,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (EVENTS_VERSION, T.LongType()),
         (INPUTS_VERSION, T.LongType()),
         (N_EVENTS, T.LongType()),
+        (HALF_LIFE_DAYS, T.DoubleType()),
         (OBJECTIVE, _VECTOR),
         (METRICS, T.StringType()),
         (SETTINGS, T.StringType()),

@@ -90,7 +90,7 @@ def alternate(
     users: VectorPrior,
     inputs: VectorPrior,
     loss: Loss,
-    n_events: int,
+    n_events: float,
     label_variance: float,
     schedule: Schedule,
     report: Callable[[int, float], None] = lambda iteration, objective: None,
@@ -104,7 +104,7 @@ def alternate(
     Args:
         engine: holds users and inputs.
         users, inputs: priors to start from.
-        n_events: number of events, zeros of implicit feedback among them.
+        n_events: number of events, zeros of implicit feedback among them; what they count where old ones are forgotten.
         label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
         start_noise: σ² to start from, an earlier version's.

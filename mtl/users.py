@@ -12,20 +12,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
-from mtl import blocks, gaussian, schema
+from mtl import blocks, decay, gaussian, schema
 from mtl.arrow import lists, matrix
+from mtl.errors import InputError
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.model import Model
-from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, REFERENCE_TIME, USER_ID, WEIGHT
 from mtl.working import settle
 
 _STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
 TURN = "turn"
 TRAINING = 0  # the turn of the events that a retraining gave the users at once
 MEASURED, MEASURED_OF = "measured", "measured_of"
-WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS)
+WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS, REFERENCE_TIME)
+
+_TIME = pa.timestamp("us", tz="UTC")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ def updated_users(
     """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
 
     Args:
-        events: user_id, input_id, label, weight; every input among ``inputs``. With a column ``turn`` they are added
-            turn by turn, first those of training: it matters under another loss than the squared one.
+        events: user_id, input_id, label, weight, and event_time where the model forgets; every input among ``inputs``.
+            With a column ``turn`` they are added turn by turn, first those of training: it matters under another loss
+            than the squared one.
         states: rows of the users table (of the model's version) of those users that have one.
         described: of :func:`prior_means`, for users without a row; None where no user has attributes.
         partitions: hash partitions of users.
@@ -68,8 +72,9 @@ def updated_users(
             columns ``measured_of`` and ``measured``.
     """
     turn = [TURN] if TURN in events.columns else []
-    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *turn).unionByName(
-        states.select(USER_ID, *_STATE), allowMissingColumns=True
+    time, reference = ([EVENT_TIME], [REFERENCE_TIME]) if model.half_life_days else ([], [])
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *turn).unionByName(
+        states.select(USER_ID, *_STATE, *reference), allowMissingColumns=True
     )
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
@@ -99,8 +104,11 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
 
     Args:
         table: columns user_id; input_id, label, weight of events; a, b, n_events, prior_mean of states; prior_mean
-            alone of described users.
+            alone of described users. Where the model forgets also event_time of events and reference_time of states.
         default_mean: prior mean of a user of whom nothing is known, (d,).
+
+    Raises:
+        InputError: the model forgets, and an event has no time.
     """
     d = model.d
     codes = table[USER_ID].combine_chunks().dictionary_encode()
@@ -111,6 +119,7 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     a = np.zeros((len(users), gaussian.packed_length(d)))
     b, n_events = np.zeros((len(users), d)), np.zeros(len(users), np.int64)
     prior_mean = np.tile(default_mean, (len(users), 1))
+    reference = np.full(len(users), decay.NEVER)
     for wanted in (has_mean & ~is_state, is_state):  # a state's own prior mean has the last word
         prior_mean[row[wanted]] = matrix(table[schema.PRIOR_MEAN].filter(pa.array(wanted)), d)
     if is_state.any():
@@ -118,6 +127,8 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
         a[row[is_state]] = matrix(states[schema.A], a.shape[1])
         b[row[is_state]] = matrix(states[schema.B], d)
         n_events[row[is_state]] = states[schema.N_EVENTS].to_numpy()
+        if model.half_life_days:
+            reference[row[is_state]] = _micros(pc.fill_null(states[REFERENCE_TIME].cast(pa.int64()), decay.NEVER))
 
     events = table.filter(pa.array(is_event)) if not is_event.all() else table
     place = blocks.index_of(events[INPUT_ID], inputs.ids)
@@ -125,10 +136,14 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
         unknown = pc.filter(events[INPUT_ID], pa.array(place < 0))[0]
         raise ValueError(f"input {unknown} has no features of model version {model.version}")
     turn = events[TURN].to_numpy() if TURN in events.column_names else np.ones(len(events), np.int64)
+    time = _times(events, model) if model.half_life_days else None
     w, loss = np.empty_like(b), LOSSES[model.loss]
     for now in np.unique(turn):
         chosen = turn == now
         mine, label, weight = row[is_event][chosen], events[LABEL].to_numpy()[chosen], events[WEIGHT].to_numpy()[chosen]
+        if time is not None:
+            reference, of_sums, of_events = decay.age(mine, time[chosen], reference, model.half_life_days)
+            a, b, weight = a * of_sums[:, None], b * of_sums[:, None], weight * of_events
         members = np.flatnonzero(np.bincount(mine, minlength=len(users)))
         mine = np.searchsorted(members, mine) if len(members) < len(users) else mine
         weights, labels = blocks.csr(mine, place[chosen], label, weight, len(members), len(inputs.ids))
@@ -140,9 +155,25 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
             a[of], b[of], known = settle(weights[part], labels[part], inputs.features, posteriors, loss, before)
             w[of] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
-    columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events)]
+    last = pa.array(reference, mask=reference == decay.NEVER).cast(_TIME)
+    columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events), last]
     touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)
     return pa.record_batch(columns, list(WRITTEN)).filter(touched)
+
+
+def _times(events: pa.Table, model: Model) -> np.ndarray:
+    """In microseconds, (events,)."""
+    if events[EVENT_TIME].null_count:
+        user = events.filter(events[EVENT_TIME].is_null())[USER_ID][0]
+        raise InputError(
+            f"an event of user {user} has no event_time, and model version {model.version} forgets by age: give it one with "
+            "jobs/erase.py --correct"
+        )
+    return _micros(events[EVENT_TIME].cast(pa.int64()))
+
+
+def _micros(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy()
 
 
 def _update_in_arrow(

@@ -7,25 +7,25 @@ import pyarrow as pa
 import pytest
 from sklearn import metrics as theirs
 
-from mtl import blocks, schema
+from mtl import blocks, gaussian, schema
 from mtl.arrow import matrix
 from mtl.encode import Encoder
+from mtl.errors import InputError
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.model import Artefact, Model
 from mtl.prior import Prior
-from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, REFERENCE_TIME, USER_ID, WEIGHT
 from mtl.users import TURN, SharedInputs, add_events
 
 D = 3
 
 
-def model_of(loss: str) -> Model:
+def model_of(loss: str, half_life: float = 0.0) -> Model:
     prior, nothing = Prior(np.eye(1), np.eye(D), np.zeros((1, D))), Encoder((), np.empty(0))
-    return Model(
-        1, schema.LIVE, Form(D - 1), loss, 0.2, 1.0, 0.0, 1.0, 0, 0, Artefact(nothing, nothing, 0, 0, prior, prior)
-    )
+    artefact = Artefact(nothing, nothing, 0, 0, prior, prior)
+    return Model(1, schema.LIVE, Form(D - 1), loss, 0.2, 1.0, 0.0, 1.0, 0, 0, artefact, half_life)
 
 
 def inputs() -> SharedInputs:
@@ -43,12 +43,16 @@ def events(n: int, turn: np.ndarray | None = None) -> pa.Table:
         INPUT_ID: [f"x{i}" for i in random.integers(8, size=n)],
         LABEL: random.integers(0, 2, size=n).astype(float),
         WEIGHT: random.uniform(0.5, 2, size=n),
+        EVENT_TIME: pa.array(random.integers(0, 100 * DAY, size=n), _TIME),
         **empty,
     }
     return pa.table(columns | ({TURN: turn} if turn is not None else {}))
 
 
+DAY = 86_400_000_000  # µs
+_TIME = pa.timestamp("us", tz="UTC")
 _STATES = {
+    REFERENCE_TIME: _TIME,
     schema.A: pa.list_(pa.float64()),
     schema.B: pa.list_(pa.float64()),
     schema.PRIOR_MEAN: pa.list_(pa.float64()),
@@ -56,10 +60,11 @@ _STATES = {
 }
 
 
+@pytest.mark.parametrize("half_life", [0.0, 20.0])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_replay_in_turns_is_what_the_batches_gave_one_after_the_other(loss: str) -> None:
+def test_a_replay_in_turns_is_what_the_batches_gave_one_after_the_other(loss: str, half_life: float) -> None:
     turn = np.repeat([1, 2, 3], [30, 1, 29])  # the second has one user only
-    model, shared, whole = model_of(loss), inputs(), events(60, turn)
+    model, shared, whole = model_of(loss, half_life), inputs(), events(60, turn)
     mean = model.prior_mean_of_unknown
     states = None
     for now in (1, 2, 3):
@@ -77,6 +82,34 @@ def test_a_replay_in_turns_is_what_the_batches_gave_one_after_the_other(loss: st
     states = states.sort_by(USER_ID)
     for name, width in ((schema.A, 6), (schema.B, D)):
         np.testing.assert_allclose(matrix(replayed[name], width), matrix(states[name], width), rtol=1e-9, atol=1e-9)
+
+
+def test_a_user_that_forgets_has_the_sums_of_a_loop_over_its_aged_events() -> None:
+    model, shared, table = model_of("squared", 20.0), inputs(), events(60)
+    found = add_events(table, model, shared, model.prior_mean_of_unknown)
+    time, place = table[EVENT_TIME].cast(pa.int64()).to_numpy(), blocks.index_of(table[INPUT_ID], shared.ids)
+    for i, user in enumerate(found[USER_ID].to_pylist()):
+        mine = np.array(table[USER_ID].to_pylist()) == user
+        a, b, last = np.zeros(6), np.zeros(D), time[mine].max()
+        for t, x, c, y in zip(
+            time[mine], place[mine], table[WEIGHT].to_numpy()[mine], table[LABEL].to_numpy()[mine], strict=True
+        ):
+            f = c * 0.5 ** ((last - t) / DAY / 20)
+            a += f * shared.features.second_moment[x]
+            b += f * (y * shared.features.phi[x] - shared.features.offset_phi[x])
+        np.testing.assert_allclose(found[schema.A][i].values, a)
+        np.testing.assert_allclose(found[schema.B][i].values, b, atol=1e-12)
+        weights = np.linalg.solve(gaussian.unpack(a, D) + np.eye(D), b)  # prior N(0, I), noise 1
+        np.testing.assert_allclose(found[schema.W][i].values, weights)
+        assert found[REFERENCE_TIME][i].value == last
+        assert found[schema.N_EVENTS][i].as_py() == mine.sum()
+
+
+def test_an_event_without_a_time_cannot_age() -> None:
+    table = events(5).set_column(4, EVENT_TIME, pa.nulls(5, _TIME))
+    add_events(table, model_of("squared"), inputs(), np.zeros(D))
+    with pytest.raises(InputError, match=r"an event of user u\d has no event_time, and model version 1 forgets"):
+        add_events(table, model_of("squared", 20.0), inputs(), np.zeros(D))
 
 
 def test_another_order_changes_little_and_squared_loss_nothing() -> None:

@@ -87,13 +87,12 @@ def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
             n = len(batch)
             ids = batch.column(0).cast(pa.string())
             columns = [ids, lists(np.tile(packed, (n, 1))), *(lists(np.zeros((n, d))) for _ in range(3))]
-            yield pa.record_batch([*columns, pa.array(np.zeros(n, np.int64))], list(WRITTEN))
+            never = pa.nulls(n, pa.timestamp("us", tz="UTC"))
+            yield pa.record_batch([*columns, pa.array(np.zeros(n, np.int64)), never], list(WRITTEN))
 
     kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
     rows = spark.range(0, n_users, 1, 4).mapInArrow(partition, ", ".join(f"{name} {kinds[name]}" for name in WRITTEN))
-    return rows.withColumn(MODEL_VERSION, F.lit(1).cast("long")).withColumn(
-        schema.REFERENCE_TIME, F.lit(None).cast("timestamp")
-    )
+    return rows.withColumn(MODEL_VERSION, F.lit(1).cast("long"))
 
 
 def measure(tables: Tables, stream: Stream, settings: Settings, n_users: int, n_events: int, batches: int) -> dict:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from pyspark.sql import SparkSession
 
 from mtl.config import load_settings
 from mtl.session import open_session
 from mtl.tables import Tables
+
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("no deadline")
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from mtl.forms import Form
 from mtl.model import Artefact, Model
 from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
-from mtl.score import _STATE, PREDICTION, STD, add_scores
+from mtl.score import PREDICTION, STATE, STD, add_scores
 from mtl.users import SharedInputs
 
 D = 3
@@ -67,12 +67,12 @@ def test_scores_are_those_of_a_plain_loop_over_the_rows(random: np.random.Genera
             pa.table(
                 {
                     USER_ID: list(a),
-                    _STATE[schema.A]: lists(gaussian.pack(np.stack(list(a.values())))),
-                    _STATE[schema.B]: lists(np.stack(list(b.values()))),
-                    _STATE[schema.PRIOR_MEAN]: lists(np.stack([prior_mean[user] for user in a])),
+                    STATE[schema.A]: lists(gaussian.pack(np.stack(list(a.values())))),
+                    STATE[schema.B]: lists(np.stack(list(b.values()))),
+                    STATE[schema.PRIOR_MEAN]: lists(np.stack([prior_mean[user] for user in a])),
                 }
             ),
-            pa.table({USER_ID: ["described"], _STATE[schema.PRIOR_MEAN]: lists(prior_mean["described"][None])}),
+            pa.table({USER_ID: ["described"], STATE[schema.PRIOR_MEAN]: lists(prior_mean["described"][None])}),
         ],
         promote_options="default",
     )
@@ -99,7 +99,7 @@ def test_many_rows_in_several_gathers_score_as_one_by_one(
 ) -> None:
     features = Features.of(random.normal(size=(5, D)), gaussian.pack(np.stack([spd(random)] * 5)), 3.0)
     shared = SharedInputs(pa.array(list("abcd")), features)
-    empty = {name: pa.nulls(40, pa.list_(pa.float64())) for name in _STATE.values()}
+    empty = {name: pa.nulls(40, pa.list_(pa.float64())) for name in STATE.values()}
     table = pa.table({USER_ID: [f"u{i % 3}" for i in range(40)], INPUT_ID: list("abcde" * 8), **empty})
     at_once = add_scores(table, model, shared)
     monkeypatch.setattr("mtl.score._ROWS_AT_ONCE", 7)

@@ -69,7 +69,7 @@ def curved(seed: int = 0, users: int = 60, inputs: int = 80, events: int = 3000,
 
 @pytest.mark.parametrize("kind", [LinearFunction, TwoLayer])
 def test_the_gradients_of_the_built_in_functions_are_those_of_their_values(kind: type) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32 - 1), st.integers(1, 9))
     def check(p: int, d: int, seed: int, hidden: int) -> None:
         function = kind(hidden) if kind is TwoLayer else kind()
@@ -277,7 +277,7 @@ def test_one_step_a_pass_comes_down_too_only_later() -> None:
     "optimizer", [LBFGS(10), LBFGS(1), Adam(5, 0.01, 3), Adam(5, 100.0, 3)], ids=["lbfgs", "one step", "adam", "wild"]
 )
 def test_the_objective_never_rises_whatever_the_optimizer(optimizer: Optimizer) -> None:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.integers(0, 2**32 - 1), st.sampled_from(FUNCTIONS), st.booleans(), st.integers(1, 3))
     def check(seed: int, function: Differentiable, residual: bool, k: int) -> None:
         problem = planted(seed, noise=0.3)

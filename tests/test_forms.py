@@ -50,7 +50,7 @@ def labels_for(problem: Problem, loss: str) -> Problem:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=14)
 @given(seed=st.integers(0, 10_000), events=st.integers(8, 100), residual=st.booleans(), linear=st.booleans())
 def test_the_objective_never_rises(form: Form, loss: str, seed: int, events: int, residual: bool, linear: bool) -> None:
     problem = labels_for(planted(seed, events=events), loss)

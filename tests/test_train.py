@@ -56,7 +56,7 @@ def assert_never_rises(problem: Problem, fit: Fit) -> None:
 
 
 def test_the_objective_never_rises_for_factorization_and_for_a_linear_basis_in_closed_form() -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(problems, st.integers(1, 3), st.booleans())
     def check(problem: Problem, k: int, with_attributes: bool) -> None:
         problem = problem if with_attributes else featureless(problem)
@@ -71,7 +71,7 @@ def test_the_objective_never_rises_for_factorization_and_for_a_linear_basis_in_c
 # that would raise the objective is refused.
 @pytest.mark.parametrize("oracle", [fit_ridge, fit_tree])
 def test_the_objective_never_rises_whatever_the_oracle(oracle: Oracle) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(problems, st.integers(1, 3), st.booleans())
     def check(problem: Problem, k: int, residual: bool) -> None:
         fit = problem.train(k, Schedule(6), oracle, residual)

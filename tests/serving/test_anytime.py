@@ -28,7 +28,7 @@ def singles(d: int) -> list[Step]:
     return [Step(f"f{i}", (i,)) for i in range(d)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(0, 3), st.data())
 def test_one_value_at_a_time_is_the_textbook_s_formula(seed: int, d: int, stages: int, data: st.DataObject) -> None:
     of = population(seed, d, stages)
@@ -63,7 +63,7 @@ def test_functions_that_are_one_another_s_are_told_by_one() -> None:
     assert left == pytest.approx([11.25, 2.25, 0.0, 0.0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_independent_functions_go_by_their_variance_in_h_per_second(seed: int, d: int) -> None:
     random = np.random.default_rng(seed)

@@ -43,7 +43,7 @@ def two(gap: float, spread: float) -> Candidates:
 POLICIES: list[Policy] = [EpsilonGreedy(0.2), LinUCB(1.0, 0.1), LinUCB(2.0), Thompson(50, 0.1), Thompson(50)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 8))
 def test_every_policy_gives_a_distribution(seed: int, n: int) -> None:
     for policy in POLICIES:

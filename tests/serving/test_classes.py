@@ -31,7 +31,7 @@ def functions(z: np.ndarray, coarseness: float) -> list[ClassFunction]:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(0, 0.95), st.integers(1, 6))
 def test_the_bound_holds_on_every_request_of_a_run(seed: int, coarseness: float, d: int) -> None:
     random = np.random.default_rng(seed)

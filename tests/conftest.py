@@ -13,7 +13,6 @@ from mtl.config import load_settings
 from mtl.session import open_session
 from mtl.tables import Tables
 
-
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("no deadline")
 hypothesis.settings.load_profile("no deadline")

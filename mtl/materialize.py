@@ -21,9 +21,9 @@ log = logging.getLogger("mtl")
 _AT_ONCE = 100_000  # inputs evaluated and written in one commit
 
 
-def features_of(tables: Tables, model: Model) -> DataFrame:
-    """Rows of the features table of the model's version."""
-    return tables.read(schema.FEATURES).where(F.col(MODEL_VERSION) == model.version)
+def features_of(tables: Tables, model: Model, commit: int | None = None) -> DataFrame:
+    """Rows of the features table of the model's version, now or as of a commit of the table."""
+    return tables.read(schema.FEATURES, commit).where(F.col(MODEL_VERSION) == model.version)
 
 
 def materialize(tables: Tables, model: Model, only: DataFrame | None = None) -> int:

@@ -24,9 +24,9 @@ from mtl.updater import QUERY, Already, Updater
 log = logging.getLogger("mtl")
 
 
-def ledger_of(tables: Tables, version: int) -> DataFrame:
-    """The ledger rows of a version's batches, releases and recoveries."""
-    rows = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == QUERY)
+def ledger_of(tables: Tables, version: int, commit: int | None = None) -> DataFrame:
+    """The ledger rows of a version's batches, releases and recoveries, now or as of a commit of the ledger."""
+    rows = tables.read(schema.LEDGER, commit).where(F.col(schema.QUERY) == QUERY)
     return rows.where(F.split(schema.APPLICATION_ID, "-")[1] == f"v{version}")
 
 

@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.errors import ConfigError
@@ -88,6 +90,11 @@ class Tables:
     def version(self, table: str) -> int:
         """The latest commit version of the table."""
         return self.delta(table).history(1).collect()[0]["version"]
+
+    def version_at(self, table: str, time: datetime) -> int | None:
+        """The commit that was the latest at a moment (in UTC); None where there was none yet."""
+        commits = self.delta(table).history().where(F.col("timestamp") <= F.lit(time))
+        return commits.agg(F.max("version")).collect()[0][0]
 
     def location(self, table: str) -> str:
         """The folder or URI of the table's files."""

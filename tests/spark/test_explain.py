@@ -1,0 +1,68 @@
+"""Past predictions rebuilt from the tables as they were."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+from pyspark.sql import functions as F
+from test_update import TRAINED, append, live, rows, settings, trained  # noqa: F401
+
+from mtl import models, schema
+from mtl.errors import StateError
+from mtl.explain import Past, explain
+from mtl.models import load_model
+from mtl.retrain import retrain
+from mtl.schema import INPUT_ID, USER_ID
+from mtl.score import PREDICTION, STD, score
+from mtl.tables import Tables
+from mtl.update import update
+
+USERS = [*(f"u{i}" for i in range(20)), "u90", "nobody", *(f"v{i}" for i in range(3))]
+INPUTS = [*(f"x{i}" for i in range(12)), "unheard"]
+
+
+def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables) -> None:  # noqa: F811
+    pairs = live.spark.createDataFrame(list(itertools.product(USERS, INPUTS)), f"{USER_ID} string, {INPUT_ID} string")
+    logged = {}
+    for moment in range(4):
+        append(live, rows(np.arange(TRAINED + 30 * moment, TRAINED + 30 * (moment + 1)), users="uv"[moment % 2]))
+        update(live, settings())
+        if moment == 2:
+            retrain(live, settings("model.k=1"), promote=True)
+        found = answers(score(live, load_model(live), pairs))
+        time.sleep(0.1)  # commits have milliseconds
+        logged[datetime.now(timezone.utc)] = found
+        time.sleep(0.1)
+    update(live, settings())
+    models.rollback(live)
+    assert sum(map(len, logged.values())) >= 1000
+    for at, found in logged.items():
+        past = Past.of(live, at)
+        assert answers(past.score(pairs)) == found
+    assert len({tuple(found.values()) for found in logged.values()}) == len(logged)
+
+    at = list(logged)[1]
+    one = explain(live, "u3", "x2", at)
+    assert (one[PREDICTION], one[STD]) == logged[at]["u3", "x2"]
+    assert sum(addend["value"] for addend in one["addends"]) == pytest.approx(one[PREDICTION])
+    assert one["batches"][0][schema.ACCEPTED] == 30
+    new = explain(live, "nobody", "unheard", at)
+    assert (new[PREDICTION], new["user_events"], new["input_has_features"]) == (
+        logged[at]["nobody", "unheard"][0],
+        0,
+        False,
+    )
+
+
+def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> None:  # noqa: F811
+    with pytest.raises(StateError, match="no model version was live at 2020"):
+        explain(live, "u1", "x1", datetime(2020, 1, 1, tzinfo=timezone.utc))
+
+
+def answers(scored) -> dict:
+    columns = [F.col(name) for name in (USER_ID, INPUT_ID, PREDICTION, STD)]
+    return {(user, x): (prediction, std) for user, x, prediction, std in scored.select(*columns).collect()}

@@ -28,24 +28,25 @@ SECONDS = float(os.environ.get("MTL_SERVE_KILL_SECONDS", "8"))
 class Client(threading.Thread):
     """Observes, one event after the other, each until it is acknowledged."""
 
-    def __init__(self, name: str, port: int, stop: threading.Event):
+    def __init__(self, name: str, port: int, stop: threading.Event, pause: float = 0.0):
         super().__init__(name=name)
         self.port, self.stop, self.acknowledged = port, stop, list[tuple[str, str]]()
-        self.random = random.Random(name)
+        self.random, self.pause = random.Random(name), pause
 
     def run(self) -> None:
         while not self.stop.is_set():
             event, user = f"{self.name}-{len(self.acknowledged)}", f"u{self.random.randrange(USERS)}"
             body = {"user": user, "input": f"x{self.random.randrange(INPUTS)}", "label": 3.0, "event_id": event}
-            insist(self.port, "POST", "/v1/observe", body)
+            insist(self.port, "POST", "/v1/observe", body, 300)
             self.acknowledged.append((event, user))
+            self.stop.wait(self.pause)
 
 
-def kill_some(server: Server, stop: threading.Event, seconds: float) -> int:
-    """kill -9 of one child after the other at random moments; how many."""
+def kill_some(server: Server, stop: threading.Event, seconds: float, pause: float = 0.8) -> int:
+    """kill -9 of one child after the other at random moments, at most ``pause`` seconds apart; how many."""
     moments, killed, ends = random.Random(time.time_ns()), 0, time.monotonic() + seconds
     while time.monotonic() < ends and not stop.is_set():
-        time.sleep(moments.uniform(0.1, 0.8))
+        time.sleep(moments.uniform(0.1, pause))
         if children := server.children():
             os.kill(moments.choice(children), signal.SIGKILL)
             killed += 1
@@ -88,15 +89,15 @@ def test_kill_9_of_any_process_loses_and_doubles_no_observation(tmp_path: Path) 
 def test_kill_9_while_rows_take_over_from_observations(tmp_path: Path) -> None:
     run("ingest", tmp_path, "--events", write(tmp_path, "base.csv", range(len(PROBLEM))))  # type: ignore[arg-type]
     run("retrain", tmp_path)
-    store, stop = tmp_path / "store", threading.Event()
-    with Server(tmp_path / "tables", f"serve.store={store}", "serve.refresh_seconds=0.2") as server:
+    store, stop = tmp_path / "tables" / "_serving", threading.Event()  # where it is by default
+    with Server(tmp_path / "tables", "serve.refresh_seconds=0.2", "serve.segment_seconds=2") as server:
         before = counts(server.port)
-        clients = [Client(f"c{i}", server.port, stop) for i in range(2)]
+        clients = [Client(f"c{i}", server.port, stop, 0.05) for i in range(2)]
         for client in clients:
             client.start()
         time.sleep(2)
         killer_stop = threading.Event()
-        killer = threading.Thread(target=kill_some, args=(server, killer_stop, 600.0))
+        killer = threading.Thread(target=kill_some, args=(server, killer_stop, 600.0, 6.0))
         killer.start()
         run("ingest", tmp_path, "--events", str(store / "observations"))
         run("update", tmp_path, "--available-now")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -66,11 +68,17 @@ class Client:
         return status, json.loads(answer)
 
 
+@cache
+def share_metrics() -> None:
+    """Once: a process keeps its numbers in one folder for good."""
+    metrics.share(Path(tempfile.mkdtemp()))
+
+
 @contextmanager
 def calling(folder: Path, *assignments: str, loss: str = "squared") -> Iterator[Client]:
     """A client of an application over a made-up store."""
     settings = load_settings([], list(assignments)).serve
-    metrics.share(folder / "metrics")
+    share_metrics()
     store, overlay = Store(folder, 1), open_overlay(folder, [])
     fill(store, USERS, INPUTS, K, loss)
     store.write_attributes((f"x{i}", {"year": float(i), "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))

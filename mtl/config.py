@@ -136,6 +136,8 @@ class UpdateSettings(_Section):
     partitions: int = Field(ge=0)
     checkpoints: str
     learn_arrivals: bool
+    metrics_host: str
+    metrics_port: int = Field(ge=0, le=65535)
 
 
 class SwitchSettings(_Section):

@@ -67,6 +67,11 @@ class Stream:
         updater.already = already_applied(updater)
         return updater
 
+    @property
+    def name(self) -> str:
+        """The query's, to Spark."""
+        return f"update-v{self.model.version}"
+
     def tend(self) -> None:
         """One look: start the query when there is a commit to start from, apply waiting events whose input came.
 
@@ -120,7 +125,7 @@ class Stream:
         events = events.select(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME)
         writer = events.writeStream.foreachBatch(self.updater.apply)
         writer = writer.option("checkpointLocation", self.updater.checkpoint.folder).trigger(**trigger)
-        self.query = writer.queryName(f"update-v{self.model.version}").start()
+        self.query = writer.queryName(self.name).start()
 
     def _raise(self) -> None:
         assert self.query is not None

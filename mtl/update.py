@@ -26,6 +26,7 @@ from mtl.schema import MODEL_VERSION
 from mtl.stream import Stream
 from mtl.switch import Comparison, Validated, compare, has_drifted
 from mtl.tables import Tables
+from mtl.watch import Watch
 
 log = logging.getLogger("mtl")
 
@@ -80,11 +81,15 @@ class Fleet:
         self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops
         self._retraining: threading.Thread | None = None
         self._care = Care(settings.care)
+        where = settings.update.metrics_host, settings.update.metrics_port
+        self.watch = Watch(*where) if settings.update.metrics_port else None
         self.live = models.live_version(tables)
 
     def start(self, version: int, from_ledger: bool = False) -> Stream:
         if version not in self.streams:
             self.streams[version] = Stream(self.tables, self.settings, load_model(self.tables, version), from_ledger)
+            if self.watch:
+                self.streams[version].tables.spark.streams.addListener(self.watch.listener)
             log.info("update: model version %d is followed", version)
         return self.streams[version]
 
@@ -107,6 +112,8 @@ class Fleet:
     def close(self) -> None:
         for version in list(self.streams):
             self._end(version)
+        if self.watch:
+            self.watch.close()
 
     def report(self, version: int | None) -> dict[str, Any]:
         nothing = {"batches": 0, "events": 0, "applied": 0, "waited": 0, "released": 0}
@@ -139,6 +146,8 @@ class Fleet:
         self._judge()
         self._watch_drift()
         self._care.look(self.streams, self.live)
+        if self.watch:
+            self.watch.look(self)
 
     def _wanted(self) -> list[int]:
         """The live version, candidates newer than it, and those that were live a moment ago."""

@@ -18,8 +18,8 @@ setup: ## make .venv: Python packages, Delta's jars, Java (once; then about a se
 demo: setup ## the whole product on a small data set (DEMO_ARGS="…")
 	@$(PY) jobs/demo.py $(DEMO_ARGS)
 
-test: setup ## all tests but the benches (TEST_ARGS="-k name")
-	@$(PY) -m pytest tests --ignore=tests/bench $(TEST_ARGS)
+test: setup ## all tests but the benches, in two processes (TEST_ARGS="-k name")
+	@$(PY) -m pytest tests --ignore=tests/bench -n 2 --dist loadfile $(TEST_ARGS)
 
 test-fast: setup ## the pure tests: no Spark, seconds
 	@$(PY) -m pytest tests/test_*.py $(TEST_ARGS)

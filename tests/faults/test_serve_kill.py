@@ -14,9 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "serving"), str(ROOT / "tests" / "faults")]
 
+import pytest  # noqa: E402
 from made_up import EVENTS_BEFORE, fill  # noqa: E402
 from running import Server, insist  # noqa: E402
-from test_kill import PROBLEM, run, write  # noqa: E402
+from test_kill import LONG, PROBLEM, run, write  # noqa: E402
 
 from mtl.serving.observations import read, sealed  # noqa: E402
 from mtl.serving.store import Store  # noqa: E402
@@ -86,6 +87,7 @@ def test_kill_9_of_any_process_loses_and_doubles_no_observation(tmp_path: Path) 
     print(f"{killed} kills, {len(acknowledged)} acknowledged, lost 0, doubled 0")
 
 
+@pytest.mark.skipif(not LONG, reason="of the long campaign: make faults")
 def test_kill_9_while_rows_take_over_from_observations(tmp_path: Path) -> None:
     run("ingest", tmp_path, "--events", write(tmp_path, "base.csv", range(len(PROBLEM))))  # type: ignore[arg-type]
     run("retrain", tmp_path)

@@ -121,7 +121,7 @@ def fit(
         trained.engine.close()
     seconds = time.perf_counter() - started
     known = SharedInputs(inputs_rows[INPUT_ID].combine_chunks(), features.from_rows(inputs_rows, model.d))
-    states = user_rows.select([USER_ID, *score._STATE]).rename_columns([USER_ID, *score._STATE.values()])
+    states = user_rows.select([USER_ID, *score.STATE]).rename_columns([USER_ID, *score.STATE.values()])
     return Fitted(model, known, states, {**trained.report, "seconds": round(seconds, 2)})
 
 

@@ -30,7 +30,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import TypeVar
 
-from delta.exceptions import DeltaConcurrentModificationException
+import delta.exceptions
 from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
@@ -71,6 +71,8 @@ log = logging.getLogger("mtl")
 INGEST = "ingest"  # the ledger's query
 _REFUSED, _COMMITTED = 0, 1  # versions of a batch's application id, by step
 _ATTEMPTS = 5
+# Delta's Python classes for conflicts have no base class of their own.
+_CONFLICTS = tuple(getattr(delta.exceptions, name) for name in delta.exceptions.__all__)
 
 Done = TypeVar("Done")
 
@@ -356,7 +358,7 @@ def persistently(write: Callable[[], Done]) -> Done:
     for attempt in range(1, _ATTEMPTS):
         try:
             return write()
-        except DeltaConcurrentModificationException:
+        except _CONFLICTS:
             log.info("ingest: another process wrote at the same time; attempt %d of %d", attempt + 1, _ATTEMPTS)
             time.sleep(attempt)
     return write()

@@ -176,11 +176,11 @@ def test_files_ingested_between_look_up_and_append_do_not_come_twice(
     rows(range(3, 9)).to_csv(path, index=False)
     append, reports = KnownEvents._append, []
 
-    def overtaken(self: KnownEvents, events: object, once: object) -> None:
+    def overtaken(self: KnownEvents, events: object, batch: object) -> None:
         if not guarded:
             monkeypatch.setattr(ingest, "fence_streams", lambda tables, application: None)
         reports.append(ingest_events(tables, settings(folder), path, {}))
-        append(self, events, once)
+        append(self, events, batch)
 
     monkeypatch.setattr(KnownEvents, "_append", overtaken)
     streamed = ingest_stream(tables, settings(folder))
@@ -295,13 +295,14 @@ def test_a_damaged_checkpoint_is_refused_and_a_new_one_counts_nothing_twice(
     with pytest.raises(ReplayError, match="has lost batch 0"):
         ingest_stream(tables, settings(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(Intake, "check", lambda self: None)
+        patch.setattr(Intake, "start", lambda self: None)
         with pytest.raises(ReplayError, match=r"damaged.*nothing was ingested.*remove it"):
             ingest_stream(tables, settings(folder, "source.max_files_per_trigger=2"))
     assert kept(tables) == once(range(6))
     shutil.rmtree(checkpoint)
     assert tally(ingest_stream(tables, settings(folder))) == (9, 3, 6, 0)
     assert kept(tables) == once(range(9))
+    assert _ingest_adds_up(tables)["holds"]
 
 
 def test_an_added_column_passes_and_a_removed_or_retyped_one_goes_to_quarantine_or_stops(
@@ -361,6 +362,10 @@ def test_a_source_table_comes_in_by_its_appends_and_a_new_column_passes(tables: 
     assert tally(ingest_stream(tables, delta, columns)) == (5, 3, 2, 0)
     assert kept(tables) == once(range(9))
     assert _ingest_adds_up(tables)["holds"]
+    retyped = spark.createDataFrame(pa.Table.from_pandas(rows(range(9, 10), stars="1")))
+    retyped.write.format("delta").mode("overwrite").option("overwriteSchema", "true").save(path)
+    with pytest.raises(InputError, match=r"column stars \(label\) was number and is text \(string\)"):
+        ingest_stream(tables, delta, columns)
 
 
 def test_settings_that_name_no_source_are_refused_in_one_line(tables: Tables, tmp_path: Path) -> None:

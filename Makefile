@@ -33,8 +33,9 @@ format: setup ## rewrite the code in the house format
 	@$(PY) -m ruff check --quiet --fix --exit-zero .
 	@$(PY) -m ruff format .
 
-bench: setup ## how long retraining, updating and recommending take
+bench: setup ## how long retraining, ingesting, updating and recommending take
 	@$(PY) tests/bench/retrain.py
+	@$(PY) tests/bench/ingest.py
 	@$(PY) tests/bench/update.py
 	@$(PY) tests/bench/recommend.py
 

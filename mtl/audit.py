@@ -14,12 +14,12 @@ from pyspark.sql import functions as F
 from mtl import features, schema
 from mtl.arrivals import shared_inputs
 from mtl.arrow import matrix
+from mtl.batches import INGEST, batch_name
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs, read_catalogue
 from mtl.checkpoint import end_of
 from mtl.config import Settings
 from mtl.errors import StateError
-from mtl.ingest import INGEST, batch_name
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model

@@ -21,75 +21,46 @@ was kept, so nothing is lost.
 from __future__ import annotations
 
 import logging
-import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import TypeVar
 
-from delta.exceptions import DeltaConcurrentModificationException
-from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from mtl.attributes import ATTRIBUTE_TABLES, AttributeReport, OfferedAttributes, read_attributes, write_attributes
+from mtl.batches import Batch, IngestReport, close, count_rows, fence_streams, persistently, plan, recover
 from mtl.config import Settings
 from mtl.errors import InputError, StateError
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
 from mtl.read import match, open_file, readable
 from mtl.schema import (
     ABANDONED,
-    ACCEPTED,
-    APPLICATION_ID,
     BATCH,
-    BATCH_ID,
     CREATED_AT,
     DONE,
-    DUPLICATES,
     EVENT_ID,
     EVENTS,
     INPUTS,
     LEDGER,
-    OFFERED,
-    PLANNED,
     QUARANTINE,
-    QUARANTINED,
-    QUERY,
     RAW,
     REASON,
-    SCHEMAS,
     SOURCE,
-    STATE,
     USER_ATTRIBUTES,
 )
 from mtl.tables import Tables
 
 log = logging.getLogger("mtl")
 
-INGEST = "ingest"  # the ledger's query
-_REFUSED, _COMMITTED = 0, 1  # versions of a batch's application id, by step
-_ATTEMPTS = 5
-
-Done = TypeVar("Done")
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What became of the rows of one batch: offered = accepted + duplicates + quarantined."""
-
-    offered: int
-    accepted: int
-    duplicates: int
-    quarantined: int
-    batch: str
-
 
 @dataclass(frozen=True)
 class _OfferedEvents:
     rows: DataFrame  # typed, with REASON and RAW; persisted
     source: str
+    batch: Batch
     plan: IngestReport  # accepted and duplicates still 0
     used: frozenset[str]  # our names of the renames that applied
     ids_given: bool  # the file has a column of event ids
@@ -160,57 +131,6 @@ def ingest_attributes(
     return ingest_files(tables, settings, **offered, columns=columns)[1][table]
 
 
-def recover(tables: Tables, older_than_minutes: float) -> list[str]:
-    """Close the batches of crashed ingests as done or abandoned.
-
-    Args:
-        older_than_minutes: younger planned batches may still be running and are left alone.
-
-    Returns:
-        The batches that were closed.
-    """
-    before = datetime.now(timezone.utc) - timedelta(minutes=older_than_minutes)
-    open_batches = (
-        tables.read(LEDGER)
-        .where((F.col(QUERY) == INGEST) & F.col(BATCH_ID).isNull())  # a stream repeats its own
-        .groupBy(APPLICATION_ID)
-        .agg(
-            F.max(F.when(F.col(STATE) != PLANNED, F.col(STATE))).alias(STATE),
-            F.min(CREATED_AT).alias(CREATED_AT),
-            *(
-                F.max(F.when(F.col(STATE) == PLANNED, F.col(name))).alias(name)
-                for name in (SOURCE, OFFERED, QUARANTINED)
-            ),
-        )
-        .where((F.col(STATE).isNull() & (F.col(CREATED_AT) <= F.lit(before))) | (F.col(STATE) == ABANDONED))
-        .collect()
-    )
-    pending = [row for row in open_batches if row[STATE] is None]
-    abandoned = [row[APPLICATION_ID] for row in open_batches if row[STATE] == ABANDONED]
-    abandoned += [row[APPLICATION_ID] for row in pending if _settle(tables, row) == ABANDONED]
-    for application in abandoned:
-        _fence(tables, QUARANTINE, application, _REFUSED)
-    if abandoned:
-        stale = F.col(BATCH).isin([_batch(application) for application in abandoned])
-        persistently(lambda: tables.delta(QUARANTINE).delete(stale))
-    return [_batch(row[APPLICATION_ID]) for row in pending]
-
-
-def _settle(tables: Tables, planned: Row) -> str:
-    application, batch = planned[APPLICATION_ID], _batch(planned[APPLICATION_ID])
-    _fence(tables, EVENTS, application, _COMMITTED)
-    accepted = count_rows(tables, EVENTS, batch)
-    nothing_valid = planned[OFFERED] == planned[QUARANTINED]
-    complete = accepted > 0 or (nothing_valid and count_rows(tables, QUARANTINE, batch) == planned[QUARANTINED])
-    duplicates = planned[OFFERED] - planned[QUARANTINED] - accepted
-    report = IngestReport(planned[OFFERED], accepted, duplicates, planned[QUARANTINED], batch)
-    if not complete:
-        report = replace(report, accepted=0, duplicates=0, quarantined=0)
-    state = _close(tables, report, planned[SOURCE], DONE if complete else ABANDONED)
-    log.info("ingest: an earlier batch %s of %s had crashed; it is %s", batch, planned[SOURCE], state)
-    return state
-
-
 def _read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> _OfferedEvents:
     log.info("ingest: reading events from %s", path)
     file = open_file(tables.spark, path, settings.ingest, texts=None)
@@ -219,9 +139,10 @@ def _read_events(tables: Tables, settings: Settings, path: str, columns: Mapping
     rows = typed_events(file, found, settings.model.loss, timed).persist()
     with readable(path, file.format):
         counts = rows.agg(F.count("*"), F.count(REASON)).collect()[0]
-    plan = IngestReport(counts[0], 0, 0, counts[1], uuid.uuid4().hex)
+    batch = Batch(uuid.uuid4().hex)
+    planned = IngestReport(counts[0], 0, 0, counts[1], batch.name)
     used = frozenset(ours for ours, theirs in columns.items() if found.get(ours) == theirs)
-    return _OfferedEvents(rows, path, plan, used, ids_given=EVENT_ID in found)
+    return _OfferedEvents(rows, path, batch, planned, used, ids_given=EVENT_ID in found)
 
 
 def _write_events(tables: Tables, settings: Settings, offered: _OfferedEvents) -> IngestReport:
@@ -230,28 +151,28 @@ def _write_events(tables: Tables, settings: Settings, offered: _OfferedEvents) -
     _plan(tables, offered)
     _quarantine(tables, offered)
     _insert(tables, offered)
-    plan = offered.plan
-    accepted = count_rows(tables, EVENTS, plan.batch)
-    report = replace(plan, accepted=accepted, duplicates=plan.offered - plan.quarantined - accepted)
-    if _close(tables, report, offered.source, DONE) == ABANDONED:
+    planned = offered.plan
+    accepted = count_rows(tables, EVENTS, planned.batch)
+    report = replace(planned, accepted=accepted, duplicates=planned.offered - planned.quarantined - accepted)
+    if close(tables, offered.batch, report, offered.source, DONE) == ABANDONED:
         raise StateError(
-            f"batch {plan.batch} took longer than ingest.recover_after_minutes and another ingest declared it "
+            f"batch {planned.batch} took longer than ingest.recover_after_minutes and another ingest declared it "
             f"crashed; nothing of it was kept: ingest {offered.source} again"
         )
-    refused = count_rows(tables, QUARANTINE, plan.batch) if plan.quarantined else 0
-    if report.duplicates < 0 or refused != plan.quarantined:
-        raise StateError(f"batch {plan.batch} does not add up: {report}; run jobs/audit.py")
+    refused = count_rows(tables, QUARANTINE, planned.batch) if planned.quarantined else 0
+    if report.duplicates < 0 or refused != planned.quarantined:
+        raise StateError(f"batch {planned.batch} does not add up: {report}; run jobs/audit.py")
     log.info("ingest: %s: %s", offered.source, report)
     return report
 
 
 def _plan(tables: Tables, offered: _OfferedEvents) -> None:
-    _record(tables, offered.plan, offered.source, PLANNED, _REFUSED)
+    plan(tables, offered.batch, offered.plan, offered.source)
 
 
 def _quarantine(tables: Tables, offered: _OfferedEvents) -> None:
     if offered.plan.quarantined:
-        quarantine(tables, offered.rows, _origin(offered), (_application(offered.plan.batch), _REFUSED))
+        quarantine(tables, offered.rows, _origin(offered), offered.batch.refused)
 
 
 def quarantine(tables: Tables, rows: DataFrame, origin: tuple[Column, Column], once: tuple[str, int]) -> None:
@@ -265,8 +186,7 @@ def quarantine(tables: Tables, rows: DataFrame, origin: tuple[Column, Column], o
 def _insert(tables: Tables, offered: _OfferedEvents) -> None:
     valid = offered.rows.where(F.col(REASON).isNull())
     events = distinct_events(valid, offered.ids_given).select("*", *_origin(offered))
-    application = _application(offered.plan.batch)
-    merge_events(tables, events, application, once=(application, _COMMITTED))
+    merge_events(tables, events, offered.batch, once=offered.batch.committed)
 
 
 def distinct_events(valid: DataFrame, ids_given: bool) -> DataFrame:
@@ -282,15 +202,15 @@ def distinct_events(valid: DataFrame, ids_given: bool) -> DataFrame:
     return events.groupBy(EVENT_ID).agg(smallest).select(EVENT_ID, "smallest.*")
 
 
-def merge_events(tables: Tables, events: DataFrame, application: str, once: tuple[str, int] | None = None) -> None:
+def merge_events(tables: Tables, events: DataFrame, batch: Batch, once: tuple[str, int] | None = None) -> None:
     """Insert those events whose id is not in the table, in one commit; no other ingest comes in between.
 
     Args:
         events: one row an id.
-        application: the ingest's own, whose open batches are not in its way.
+        batch: whose they are; what its application has open is not in its way.
         once: (application, version) of the commit; None where a repeated merge finds its own rows.
     """
-    fence_streams(tables, application)
+    fence_streams(tables, batch.application)
 
     def merge() -> None:
         with tables.once(*once) if once else nullcontext():
@@ -305,82 +225,5 @@ def merge_events(tables: Tables, events: DataFrame, application: str, once: tupl
     persistently(merge)
 
 
-def open_batches(tables: Tables, application: str) -> list[tuple[str, int | None]]:
-    """(application, number) of the ingests other than ``application`` that are planned and not closed.
-
-    The number is None for files and the micro-batch's for a stream.
-    """
-    rows = tables.read(LEDGER).where((F.col(QUERY) == INGEST) & (F.col(APPLICATION_ID) != application))
-    batches = rows.groupBy(APPLICATION_ID, BATCH_ID).agg(F.bool_and(F.col(STATE) == PLANNED).alias(STATE))
-    return [(row[APPLICATION_ID], row[BATCH_ID]) for row in batches.where(F.col(STATE)).collect()]
-
-
-def fence_streams(tables: Tables, application: str) -> None:
-    """Let no open micro-batch of a stream other than ``application`` append any more: it will have to merge."""
-    for other, number in open_batches(tables, application):
-        if number is not None:
-            _fence(tables, EVENTS, other, number)
-
-
-def _close(tables: Tables, report: IngestReport, source: str, state: str) -> str:
-    """Write the batch's closing ledger row unless there is one; returns the state it closed with."""
-    _record(tables, report, source, state, _COMMITTED)
-    rows = tables.read(LEDGER).where((F.col(QUERY) == INGEST) & (F.col(APPLICATION_ID) == _application(report.batch)))
-    return rows.where(F.col(STATE) != PLANNED).select(STATE).collect()[0][0]
-
-
-def _record(tables: Tables, report: IngestReport, source: str, state: str, version: int) -> None:
-    record(tables, (_application(report.batch), version), {SOURCE: source, STATE: state, **counts(report)})
-
-
-def record(tables: Tables, once: tuple[str, int], values: Mapping[str, object]) -> None:
-    """Write a ledger row of the ingest ``once[0]``, at most once for (application, version)."""
-    row = {QUERY: INGEST, APPLICATION_ID: once[0], CREATED_AT: datetime.now(timezone.utc), **values}
-    rows = tables.spark.createDataFrame([tuple(map(row.get, SCHEMAS[LEDGER].names))], SCHEMAS[LEDGER])
-    persistently(lambda: tables.append(LEDGER, rows, once=once))
-
-
-def counts(report: IngestReport) -> dict[str, int]:
-    """The report's counts by the ledger's columns."""
-    return {name: getattr(report, name) for name in (OFFERED, ACCEPTED, DUPLICATES, QUARANTINED)}
-
-
-def _fence(tables: Tables, table: str, application: str, version: int) -> None:
-    """Use up (application, version) on the table, so that whoever comes later with it changes nothing."""
-
-    nothing = tables.spark.createDataFrame([], SCHEMAS[table])
-    persistently(lambda: tables.append(table, nothing, once=(application, version)))
-
-
-def persistently(write: Callable[[], Done]) -> Done:
-    """Repeat a write that lost to a concurrent one."""
-    for attempt in range(1, _ATTEMPTS):
-        try:
-            return write()
-        except DeltaConcurrentModificationException:
-            log.info("ingest: another process wrote at the same time; attempt %d of %d", attempt + 1, _ATTEMPTS)
-            time.sleep(attempt)
-    return write()
-
-
-def count_rows(tables: Tables, table: str, batch: str) -> int:
-    """Rows of ``table`` that the ingest batch wrote."""
-    return tables.read(table).where(F.col(BATCH) == batch).count()
-
-
 def _origin(offered: _OfferedEvents) -> tuple[Column, Column]:
     return F.lit(offered.source).alias(SOURCE), F.lit(offered.plan.batch).alias(BATCH)
-
-
-def _application(batch: str) -> str:
-    return f"{INGEST}-{batch}"
-
-
-def batch_name() -> Column:
-    """The name under which events and quarantine have a ledger row's batch, of a file or a stream."""
-    digits = F.regexp_replace(APPLICATION_ID, f"^{INGEST}-", "")
-    return F.concat_ws("-", digits, F.lpad(F.col(BATCH_ID).cast("string"), 9, "0"))
-
-
-def _batch(application: str) -> str:
-    return application.removeprefix(f"{INGEST}-")

@@ -17,7 +17,7 @@ into the index to the commit. This process is the only stream by a lock. Files m
 - A file's ingest that is open in the ledger after step 1: the batch is merged too, and Delta lets one of two MERGEs
   through.
 - One that opens later finds this batch open in the ledger, and uses up (app, N) on ``events`` before it merges
-  (:func:`mtl.ingest.fence_streams`). Either the append came first and the MERGE sees it, or it changes nothing, which
+  (:func:`mtl.batches.fence_streams`). Either the append came first and the MERGE sees it, or it changes nothing, which
   is seen by counting, and the batch is merged.
 
 The same holds for a process that was declared dead and is not, so that the lock is a courtesy, not the guard.
@@ -31,7 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,23 +40,14 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.batches import Batch, IngestReport, close, count_rows, counts, open_batches, plan, recover
 from mtl.config import Settings
 from mtl.errors import ConfigError, MtlError, ReplayError
-from mtl.ingest import (
-    INGEST,
-    IngestReport,
-    count_rows,
-    counts,
-    distinct_events,
-    merge_events,
-    open_batches,
-    quarantine,
-    record,
-    recover,
-)
+from mtl.ingest import distinct_events, merge_events, quarantine
 from mtl.known import KnownEvents
 from mtl.lock import exclusive
 from mtl.parse import EVENT_COLUMNS
+from mtl.read import is_remote
 from mtl.schema import EVENTS, LEDGER, REASON
 from mtl.source import Columns, Source
 from mtl.tables import Tables
@@ -89,14 +80,11 @@ class Intake:
         self.tally = Tally()
         self.failure: Exception | None = None
 
-    @property
-    def application(self) -> str:
-        """The application id: a new checkpoint is a new application, or Delta would skip its first batches."""
-        return f"{INGEST}-{self._digits()}"
-
-    def _digits(self) -> str:
+    def batch(self, number: int) -> Batch:
+        """Micro-batch ``number``: a new checkpoint is a new application, or Delta would skip its first batches."""
         with open(f"{self.checkpoint}/metadata") as file:
-            return json.load(file)["id"].replace("-", "")[:16]  # whole in Delta's statistics of 32 characters
+            # 16 digits, for Delta's statistics of a column hold 32 characters.
+            return Batch(json.load(file)["id"].replace("-", "")[:16], number)
 
     def apply(self, batch: DataFrame, number: int) -> None:
         """Micro-batch ``number`` of the stream, first time or repeated.
@@ -117,65 +105,66 @@ class Intake:
                 setattr(self.tally, name, getattr(self.tally, name) + count)
             log.info("ingest: batch %d: %s, %.1f s", number, counts(report), time.monotonic() - started)
 
-    def _apply(self, batch: DataFrame, number: int) -> IngestReport:
-        rows, ids_given = self.source.events(batch, self.seen)
+    def _apply(self, offered: DataFrame, number: int) -> IngestReport:
+        batch, offsets = self.batch(number), self._offsets(number)
+        rows, ids_given = self.source.events(offered, self.seen)
         rows = rows.persist()
         try:
-            offsets = self._offsets(number)
-            fingerprint, report = self._offer(rows, number)
-            closed = self._check(number, offsets, fingerprint)
+            hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
+            n, refused, total = rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
+            report = IngestReport(n, 0, 0, refused, batch.name)
+            marks = {schema.OFFSETS: offsets, schema.FINGERPRINT: f"{n}:{total or 0}"}
+            closed = self._check(batch, marks)
             if closed:
                 return replace(report, **{name: closed[name] for name in counts(report)})
-            row = {schema.BATCH_ID: number, schema.SOURCE: self.source.name, schema.OFFSETS: offsets}
-            row |= {schema.FINGERPRINT: fingerprint}
-            self._plan(row, report, number)
-            origin = F.lit(self.source.name).alias(schema.SOURCE), F.lit(report.batch).alias(schema.BATCH)
+            self._plan(batch, report, marks)
+            origin = F.lit(self.source.name).alias(schema.SOURCE), F.lit(batch.name).alias(schema.BATCH)
             if report.quarantined:
-                quarantine(self.tables, rows, origin, (self.application, number))
+                quarantine(self.tables, rows, origin, batch.refused)
             events = distinct_events(rows.where(F.col(REASON).isNull()), ids_given)
-            accepted = self._insert(events.select("*", *origin), number, report.batch)
-            duplicates = report.offered - report.quarantined - accepted
-            return self._close(row, replace(report, accepted=accepted, duplicates=duplicates), number)
+            accepted = self._insert(events.select("*", *origin), batch)
+            report = replace(report, accepted=accepted, duplicates=n - refused - accepted)
+            self._close(batch, report, marks)
+            return report
         finally:
             rows.unpersist()
 
-    def _offer(self, rows: DataFrame, number: int) -> tuple[str, IngestReport]:
-        hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
-        n, refused, total = rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
-        return f"{n}:{total or 0}", IngestReport(n, 0, 0, refused, f"{self._digits()}-{number:09d}")
-
-    def _check(self, number: int, offsets: str, fingerprint: str) -> Row | None:
+    def _check(self, batch: Batch, marks: Mapping[str, str]) -> Row | None:
         """The batch's closing row where there is one; a planned one must be this batch."""
-        same = (F.col(schema.APPLICATION_ID) == self.application) & (F.col(schema.BATCH_ID) == number)
+        same = (F.col(schema.APPLICATION_ID) == batch.application) & (F.col(schema.BATCH_ID) == batch.number)
         rows = self.tables.read(LEDGER).where(same).collect()
+        if any(row[schema.STATE] == schema.ABANDONED for row in rows):
+            raise ReplayError(
+                f"batch {batch.number} of {self.checkpoint} was abandoned when the stream began from another "
+                f"checkpoint; nothing was ingested. {_ADVICE}"
+            )
         for row in rows:
-            if (row[schema.FINGERPRINT], row[schema.OFFSETS]) != (fingerprint, offsets):
+            if any(row[name] != mark for name, mark in marks.items()):
                 raise ReplayError(
-                    f"batch {number} of {self.application} was {row[schema.FINGERPRINT]} at {row[schema.OFFSETS]} and "
-                    f"now is {fingerprint} at {offsets}: the checkpoint {self.checkpoint} is damaged, or files, "
-                    f"model.loss or the columns changed since; nothing was ingested. {_ADVICE}"
+                    f"batch {batch.number} of {batch.application} was {row[schema.FINGERPRINT]} at "
+                    f"{row[schema.OFFSETS]} and now is {marks[schema.FINGERPRINT]} at {marks[schema.OFFSETS]}: the checkpoint "
+                    f"{self.checkpoint} is damaged, or files, model.loss or the columns changed since; nothing was "
+                    f"ingested. {_ADVICE}"
                 )
         return next((row for row in rows if row[schema.STATE] == schema.DONE), None)
 
-    def _plan(self, row: Mapping[str, Any], report: IngestReport, number: int) -> None:
-        values = {**row, **counts(report), schema.STATE: schema.PLANNED}
-        record(self.tables, (self.application, 2 * number), values)
+    def _plan(self, batch: Batch, report: IngestReport, marks: Mapping[str, str]) -> None:
+        plan(self.tables, batch, report, self.source.name, **marks)
 
-    def _insert(self, events: DataFrame, number: int, batch: str) -> int:
+    def _insert(self, events: DataFrame, batch: Batch) -> int:
         """Step 3; how many rows of the batch there are then."""
-        if open_batches(self.tables, self.application):
+        if open_batches(self.tables, batch.application):
             recover(self.tables, self.settings.ingest.recover_after_minutes)
         else:
-            accepted = self.known.append(events, batch, (self.application, number))
+            accepted = self.known.append(events, batch)
             if accepted is not None:
                 return accepted
-        log.info("ingest: another ingest is at work: batch %d is merged", number)
-        merge_events(self.tables, events, self.application)
-        return count_rows(self.tables, EVENTS, batch)
+        log.info("ingest: another ingest is at work: batch %d is merged", batch.number)
+        merge_events(self.tables, events, batch)
+        return count_rows(self.tables, EVENTS, batch.name)
 
-    def _close(self, row: Mapping[str, Any], report: IngestReport, number: int) -> IngestReport:
-        record(self.tables, (self.application, 2 * number + 1), {**row, **counts(report), schema.STATE: schema.DONE})
-        return report
+    def _close(self, batch: Batch, report: IngestReport, marks: Mapping[str, str]) -> None:
+        close(self.tables, batch, report, self.source.name, schema.DONE, **marks)
 
     def _offsets(self, number: int) -> str:
         """Where the batch begins and ends in the source, as Spark wrote it before the batch."""
@@ -186,18 +175,20 @@ class Intake:
 
         return json.dumps({"start": end(number - 1) if number else None, "end": end(number)})
 
-    def check(self) -> None:
-        """Refuse a checkpoint that cannot be the one behind the ledger.
+    def start(self) -> None:
+        """Refuse a checkpoint that cannot be the one behind the ledger, and close what other checkpoints left open.
 
         Raises:
             ReplayError: it has lost a batch that the ledger knows.
         """
-        if not os.path.exists(f"{self.checkpoint}/metadata"):
-            return
-        rows = self.tables.read(LEDGER).where(F.col(schema.APPLICATION_ID) == self.application)
-        last = rows.agg(F.max(schema.BATCH_ID)).first()[0]
-        if last is not None and not os.path.exists(f"{self.checkpoint}/offsets/{last}"):
-            raise ReplayError(f"{self.checkpoint} has lost batch {last}, which the ledger knows. {_ADVICE}")
+        application = ""
+        if os.path.exists(f"{self.checkpoint}/metadata"):
+            application = self.batch(0).application
+            rows = self.tables.read(LEDGER).where(F.col(schema.APPLICATION_ID) == application)
+            last = rows.agg(F.max(schema.BATCH_ID)).first()[0]
+            if last is not None and not os.path.exists(f"{self.checkpoint}/offsets/{last}"):
+                raise ReplayError(f"{self.checkpoint} has lost batch {last}, which the ledger knows. {_ADVICE}")
+        recover(self.tables, self.settings.ingest.recover_after_minutes, stream=application)
 
 
 def ingest_stream(
@@ -220,34 +211,41 @@ def ingest_stream(
     """
     source = Source(tables.spark, settings, columns or {})
     checkpoint = checkpoint_of(tables, settings, source)
-    with exclusive(f"{os.path.dirname(checkpoint)}/ingest.lock", "the ingest stream"):
+    locks = [f"{checkpoint}.lock"]
+    if not (tables.in_catalog or is_remote(tables.root)):
+        locks.append(f"{tables.root}/_checkpoints/ingest.lock")
+    with ExitStack() as held:
+        for path in locks:
+            held.enter_context(exclusive(path, "the ingest stream"))
         rows = source.stream()
         tables.create(EVENTS, schema.QUARANTINE, LEDGER)
-        recover(tables, settings.ingest.recover_after_minutes)
         intake = Intake(tables, settings, source, checkpoint)
-        intake.check()
+        intake.start()
         stop = stop or threading.Event()
+        stuck = -1  # batches at the last start anew
         while True:
             try:
                 _run(intake, rows, available_now, stop)
                 return intake.tally
             except StreamingQueryException as error:
-                if _ADDED not in str(error):
-                    raise
-                log.info("ingest: the source table has new columns: the stream starts again")
                 rows = source.stream()
+                source.check(rows, intake.seen)  # a table that drifted says more clearly what is the matter
+                if _ADDED not in str(error) or intake.tally.batches == stuck:
+                    raise
+                stuck = intake.tally.batches
+                log.info("ingest: the source table has new columns: the stream starts again")
 
 
 def checkpoint_of(tables: Tables, settings: Settings, source: Source) -> str:
     """The stream's checkpoint folder.
 
     Raises:
-        ConfigError: the tables are in a catalog and no folder is named.
+        ConfigError: no local folder is named, and the tables are in a catalog or store.
     """
-    if settings.source.checkpoint:
+    if settings.source.checkpoint and not is_remote(settings.source.checkpoint):
         return os.path.abspath(settings.source.checkpoint)
-    if tables.in_catalog:
-        raise ConfigError("source.checkpoint: name a folder, for tables in a catalog have none beside them")
+    if settings.source.checkpoint or tables.in_catalog or is_remote(tables.root):
+        raise ConfigError("source.checkpoint: name a local folder, for the index of event ids is beside it")
     return f"{tables.root}/_checkpoints/ingest-{source.slug}"
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
+from mtl.batches import Batch, count_rows, persistently
 from mtl.idset import IdSet, Keys
-from mtl.ingest import count_rows, persistently
 from mtl.schema import EVENT_ID, EVENTS
 from mtl.tables import Tables
 
@@ -41,10 +41,11 @@ class KnownEvents:
         self.tables = tables
         self.ids = IdSet(folder)
         self.version: int | None = None  # of the table, that the index is of
+        self.details: Row | None = None
 
     def refresh(self) -> None:
         """Take in what the table has and the index has not."""
-        details = self.tables.delta(EVENTS).detail().select("id", "numFiles", "sizeInBytes").first()
+        self.details = details = self.details or self.tables.delta(EVENTS).detail().first()
         version = self.tables.version(EVENTS)
         mark = self.ids.mark or {}
         if mark.get("table") != details["id"] or mark["version"] > version:
@@ -71,17 +72,16 @@ class KnownEvents:
         took = time.monotonic() - started
         log.info("ingest: %d ids indexed from %d files, %.1f s", len(self.ids) - before, len(files), took)
 
-    def append(self, events: DataFrame, batch: str, once: tuple[str, int]) -> int | None:
+    def append(self, events: DataFrame, batch: Batch) -> int | None:
         """Append those events whose id is not in the table, at most once.
 
         Args:
             events: rows of the table, one an id.
-            batch: their name in the column ``batch``.
-            once: (application, version) of the commit.
+            batch: whose they are.
 
         Returns:
             How many events of the batch the table has then; None where the append was refused, for another ingest
-            used ``once`` up.
+            used its transaction up.
         """
         self.refresh()
         rows = events.select(EVENT_ID, _key().alias(_KEY)).toArrow()
@@ -93,15 +93,15 @@ class KnownEvents:
             events = events.join(there, EVENT_ID, "left_anti").select(events.columns)
         new = keys[~known]
         if len(new):
-            self._append(events, once)
-        n = count_rows(self.tables, EVENTS, batch)
+            self._append(events, batch)
+        n = count_rows(self.tables, EVENTS, batch.name)
         if n < len(new):
             return None
         self._add(new)
         return n
 
-    def _append(self, events: DataFrame, once: tuple[str, int]) -> None:
-        persistently(lambda: self.tables.append(EVENTS, events, once=once))
+    def _append(self, events: DataFrame, batch: Batch) -> None:
+        persistently(lambda: self.tables.append(EVENTS, events, once=batch.committed))
 
     def _add(self, keys: Keys) -> None:
         version = self.tables.version(EVENTS)

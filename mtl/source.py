@@ -129,21 +129,31 @@ class Source:
                 parts.append(typed)
                 ids_given |= EVENT_ID in found
             except InputError as error:
-                parts.append(self._refused(offered, error))
+                if self.settings.source.drift == "stop":
+                    raise InputError(f"{error}; where this is meant to be, remove {seen.path}") from None
+                parts.append(refused_events(offered, _reason(offered.path, error)))
         return reduce(DataFrame.unionByName, parts), ids_given
 
-    def _refused(self, offered: SourceFile, error: InputError) -> DataFrame:
-        if self.settings.source.drift == "stop":
-            raise error
-        return refused_events(offered, str(error).removeprefix(f"{offered.path}: "))
+    def check(self, rows: DataFrame, seen: Columns) -> None:
+        """Compare the columns of a source table, as :meth:`stream` gives it, with those it had at first.
+
+        Raises:
+            InputError: they drifted.
+        """
+        if self.settings.source.kind == "delta":
+            table = self._table(rows)
+            seen.check(table, match(table, self.columns, EVENT_COLUMNS, ()))
+
+    def _table(self, rows: DataFrame) -> SourceFile:
+        whole = rows.withColumn(MALFORMED, F.lit(None).cast("string"))
+        return SourceFile(self.name, "parquet", whole, tuple(rows.columns))
 
     def _offered(self, batch: DataFrame) -> Iterator[SourceFile | DataFrame]:
         kind = self.settings.source.kind
         if kind == "folder":
             yield from self._files([_plain(row[0]) for row in batch.select("path").collect()])
         elif kind == "delta":
-            rows = batch.withColumn(MALFORMED, F.lit(None).cast("string"))
-            yield SourceFile(self.name, "parquet", rows, tuple(batch.columns))
+            yield self._table(batch)
         else:
             names = [self.columns.get(name, name) for name in EVENT_COLUMNS]
             kind_of_row = T.StructType([T.StructField(name, T.StringType()) for name in (*names, MALFORMED)])
@@ -184,7 +194,7 @@ class Source:
             raise error
         row = self.spark.createDataFrame([(json.dumps({"file": path}),)], f"{_VALUE} string")
         rows = row.withColumn(MALFORMED, F.lit(None).cast("string"))
-        return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), str(error).removeprefix(f"{path}: "))
+        return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), _reason(path, error))
 
 
 class Columns:
@@ -245,6 +255,10 @@ def _kind(type: T.DataType) -> str:
 def _plain(uri: str) -> str:
     """A local path without its scheme."""
     return re.sub("^file:/*", "/", uri)
+
+
+def _reason(path: str, error: InputError) -> str:
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _header(path: str) -> str:

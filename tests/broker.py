@@ -50,7 +50,17 @@ def fetch(java: str) -> Path:
         ivy = next(jars_folder().glob("ivy-*.jar"))
         part = CACHE / f"part-{os.getpid()}"
         command = [java, f"-Duser.home={CACHE}", "-jar", str(ivy), "-settings", str(ROOT / "conf" / "ivysettings.xml")]
-        command += ["-cache", str(CACHE / "ivy"), "-ivy", str(CACHE / "ivy.xml"), "-confs", "default", "-types", "jar"]
+        command += [
+            "-cache",
+            str(CACHE / "ivy"),
+            "-ivy",
+            str(CACHE / "ivy.xml"),
+            "-confs",
+            "default",
+            "-types",
+            "jar",
+            "bundle",
+        ]
         command += ["-retrieve", f"{part}/[artifact]-[revision].[ext]"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

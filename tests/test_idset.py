@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl import idset
@@ -20,6 +20,7 @@ def array(keys: list[tuple[int, int]]) -> np.ndarray:
     return np.array(keys, np.uint64).reshape(-1, 2)
 
 
+@settings(max_examples=30, deadline=None)
 @given(batches=st.lists(KEYS, max_size=8), asked=KEYS, longest=st.sampled_from([8, 1 << 26]))
 def test_it_holds_what_was_added_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, batches: list, asked: list, longest: int

@@ -21,8 +21,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.batches import Batch, count_rows
 from mtl.config import load_settings
-from mtl.ingest import count_rows, merge_events
+from mtl.ingest import merge_events
 from mtl.known import KnownEvents
 from mtl.session import open_session
 from mtl.tables import Tables
@@ -57,12 +58,12 @@ def measure(spark: SparkSession, folder: Path, n: int, batch: int, repeats: int)
     begin = n
     for i in range(repeats + 1):  # the first warms up
         repeated = min(begin, batch // 10)
-        name, end = f"batch{i:09d}", begin + batch - repeated
-        offered = events(spark, begin - repeated, end, name).persist()
+        one, end = Batch("bench", i), begin + batch - repeated
+        offered = events(spark, begin - repeated, end, one.name).persist()
         offered.count()
         for way, tables, add in (("index", indexed, by_index), ("merge", merged, by_merge)):
             started = time.perf_counter()
-            accepted = add(tables, known, offered, name, i)
+            accepted = add(tables, known, offered, one)
             if i:
                 taken[way].append(time.perf_counter() - started)
             assert accepted == end - begin, (way, accepted)
@@ -89,13 +90,13 @@ def events(spark: SparkSession, begin: int, end: int, batch: str) -> DataFrame:
     )
 
 
-def by_index(tables: Tables, known: KnownEvents, offered: DataFrame, batch: str, number: int) -> int | None:
-    return known.append(offered, batch, ("bench", number))
+def by_index(tables: Tables, known: KnownEvents, offered: DataFrame, batch: Batch) -> int | None:
+    return known.append(offered, batch)
 
 
-def by_merge(tables: Tables, known: KnownEvents, offered: DataFrame, batch: str, number: int) -> int:
-    merge_events(tables, offered, "bench")
-    return count_rows(tables, schema.EVENTS, batch)
+def by_merge(tables: Tables, known: KnownEvents, offered: DataFrame, batch: Batch) -> int:
+    merge_events(tables, offered, batch)
+    return count_rows(tables, schema.EVENTS, batch.name)
 
 
 if __name__ == "__main__":

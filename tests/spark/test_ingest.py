@@ -16,9 +16,10 @@ from pyspark.sql import functions as F
 
 from mtl import ingest as module
 from mtl import schema
+from mtl.batches import IngestReport, recover
 from mtl.config import load_settings
 from mtl.errors import InputError, StateError
-from mtl.ingest import IngestReport, ingest_attributes, ingest_events, ingest_files, recover
+from mtl.ingest import ingest_attributes, ingest_events, ingest_files
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
 from mtl.read import match, open_file, parse_renames
 from mtl.schema import EVENTS, INPUTS, LEDGER, QUARANTINE, USER_ATTRIBUTES

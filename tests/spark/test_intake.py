@@ -176,11 +176,11 @@ def test_files_ingested_between_look_up_and_append_do_not_come_twice(
     rows(range(3, 9)).to_csv(path, index=False)
     append, reports = KnownEvents._append, []
 
-    def overtaken(self: KnownEvents, events: object, once: object) -> None:
+    def overtaken(self: KnownEvents, events: object, batch: object) -> None:
         if not guarded:
             monkeypatch.setattr(ingest, "fence_streams", lambda tables, application: None)
         reports.append(ingest_events(tables, settings(folder), path, {}))
-        append(self, events, once)
+        append(self, events, batch)
 
     monkeypatch.setattr(KnownEvents, "_append", overtaken)
     streamed = ingest_stream(tables, settings(folder))
@@ -215,9 +215,11 @@ def test_a_batch_that_comes_while_files_are_being_merged_does_not_come_twice(
                 time.sleep(0.05)
             yield from batches
 
-        return events.mapInArrow(wait, events.schema)
+        return events.coalesce(1).mapInArrow(wait, events.schema)  # the other core is the stream's
 
     monkeypatch.setattr(ingest, "distinct_events", slow)
+    if not guarded:
+        monkeypatch.setattr(ingest, "persistently", lambda write: write())
     results: list[object] = []
 
     def files() -> None:
@@ -231,8 +233,6 @@ def test_a_batch_that_comes_while_files_are_being_merged_does_not_come_twice(
     while not Path(reached).exists():
         thread.join(0.05)
         assert thread.is_alive(), results
-    if not guarded:
-        monkeypatch.setattr(ingest, "persistently", lambda write: write())
     monkeypatch.setattr(intake, "open_batches", lambda tables, application: [])  # the worst: it looks too early
     streamed = ingest_stream(tables, settings(folder, "ingest.recover_after_minutes=60"))
     Path(go_on).touch()
@@ -295,13 +295,14 @@ def test_a_damaged_checkpoint_is_refused_and_a_new_one_counts_nothing_twice(
     with pytest.raises(ReplayError, match="has lost batch 0"):
         ingest_stream(tables, settings(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(Intake, "check", lambda self: None)
+        patch.setattr(Intake, "start", lambda self: None)
         with pytest.raises(ReplayError, match=r"damaged.*nothing was ingested.*remove it"):
             ingest_stream(tables, settings(folder, "source.max_files_per_trigger=2"))
     assert kept(tables) == once(range(6))
     shutil.rmtree(checkpoint)
     assert tally(ingest_stream(tables, settings(folder))) == (9, 3, 6, 0)
     assert kept(tables) == once(range(9))
+    assert _ingest_adds_up(tables)["holds"]
 
 
 def test_an_added_column_passes_and_a_removed_or_retyped_one_goes_to_quarantine_or_stops(
@@ -334,8 +335,9 @@ def test_a_file_that_cannot_be_read_is_one_row_of_quarantine_or_stops(tables: Ta
     drop(folder, "good.csv", rows(range(3)))
     drop(folder, "good.parquet", rows(range(3, 5)))
     (folder / "bad.parquet").write_bytes(b"PAR1 no")
-    (folder / "empty.csv").touch()
-    (folder / "what.xyz").touch()
+    (folder / "empty.csv").write_text("\n")
+    (folder / "what.xyz").write_text("what")
+    (folder / "nothing.csv").touch()  # Spark passes over files of no bytes, and so do we
     with pytest.raises(InputError, match=r"bad\.parquet: cannot be read as parquet"):
         ingest_stream(tables, settings(folder, "source.drift=stop", "source.max_files_per_trigger=9"))
     report = ingest_stream(tables, settings(folder, "source.max_files_per_trigger=9"))
@@ -360,6 +362,10 @@ def test_a_source_table_comes_in_by_its_appends_and_a_new_column_passes(tables: 
     assert tally(ingest_stream(tables, delta, columns)) == (5, 3, 2, 0)
     assert kept(tables) == once(range(9))
     assert _ingest_adds_up(tables)["holds"]
+    retyped = spark.createDataFrame(pa.Table.from_pandas(rows(range(9, 10), stars="1")))
+    retyped.write.format("delta").mode("overwrite").option("overwriteSchema", "true").save(path)
+    with pytest.raises(InputError, match=r"column stars \(label\) was number and is text \(string\)"):
+        ingest_stream(tables, delta, columns)
 
 
 def test_settings_that_name_no_source_are_refused_in_one_line(tables: Tables, tmp_path: Path) -> None:

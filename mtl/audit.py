@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -15,19 +14,19 @@ from pyspark.sql import functions as F
 from mtl import features, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
-from mtl.catalogue import describe_inputs, read_catalogue
+from mtl.catalogue import describe_inputs
 from mtl.config import Settings
+from mtl.erase import ERASE
 from mtl.errors import StateError
+from mtl.gaussian import Array
 from mtl.ingest import INGEST
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
-from mtl.replay import in_turns
+from mtl.rebuild import applied, at_once, batches_of, consumed, ledger_of, rebuilt, waiting_of
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.update import QUERY
-from mtl.users import TRAINING, TURN, SharedInputs, updated_users
 
 log = logging.getLogger("mtl")
 
@@ -41,10 +40,11 @@ def audit(tables: Tables, settings: Settings) -> dict[str, Any]:
         StateError: there is no live model version.
     """
     model = load_model(tables)
-    tables.create(schema.WAITING, schema.LEDGER)
+    tables.create(schema.WAITING, schema.LEDGER, schema.ERASURES)
     checks = {
         "one_live_version": _one_live(tables),
         "ingest_adds_up": _ingest_adds_up(tables),
+        "erasures_done": _erasures_done(tables),
         "update_adds_up": _update_adds_up(tables, model),
         "users_equal_scratch": _users_equal_scratch(tables, model, settings.audit.tolerance),
         "features_equal_oracle": _features_equal_oracle(tables, model, settings.audit.tolerance),
@@ -60,14 +60,30 @@ def _one_live(tables: Tables) -> Check:
     return {"holds": live == 1, "live": live}
 
 
+def _erasures_done(tables: Tables) -> Check:
+    pending = tables.read(schema.ERASURES).where(F.col(schema.STATE) == schema.PLANNED).count()
+    advice = {"advice": "an erasure that was interrupted ends with jobs/erase.py"} if pending else {}
+    return {"holds": not pending, "pending": pending, **advice}
+
+
 def _ingest_adds_up(tables: Tables) -> Check:
-    """offered = accepted + duplicates + quarantined of every batch, and events and quarantine hold that many."""
+    """offered = accepted + duplicates + quarantined of every batch; events and quarantine hold that many less the erased."""
     ledger = tables.read(schema.LEDGER).where((F.col(schema.QUERY) == INGEST) & (F.col(schema.STATE) == schema.DONE))
     batch = F.regexp_replace(schema.APPLICATION_ID, f"^{INGEST}-", "").alias(BATCH)
     counts = (schema.OFFERED, schema.ACCEPTED, schema.DUPLICATES, schema.QUARANTINED)
+    erased = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == ERASE)
+    of = F.split(schema.APPLICATION_ID, "-")[1].alias(BATCH)
+    erased = erased.where(~of.rlike("^v[0-9]+$")).select(of, schema.ACCEPTED, schema.QUARANTINED)
     written = {
-        name: tables.read(table).groupBy(BATCH).agg(F.count(F.lit(1)).alias(name))
-        for name, table in (("in_events", schema.EVENTS), ("in_quarantine", schema.QUARANTINE))
+        name: tables.read(table)
+        .select(BATCH, F.lit(1).alias(name))
+        .unionAll(erased.select(BATCH, -F.coalesce(F.col(count), F.lit(0))))
+        .groupBy(BATCH)
+        .agg(F.sum(name).alias(name))
+        for name, table, count in (
+            ("in_events", schema.EVENTS, schema.ACCEPTED),
+            ("in_quarantine", schema.QUARANTINE, schema.QUARANTINED),
+        )
     }
     rows = ledger.select(batch, *counts)
     # A batch of attributes has quarantine rows but no ledger row, hence left for quarantine and full for events.
@@ -87,24 +103,27 @@ def _ingest_adds_up(tables: Tables) -> Check:
 
 
 def _update_adds_up(tables: Tables, model: Model) -> Check:
-    """Batches are numbered without a gap, and what they and training applied is what the users have."""
+    """Batches are numbered without a gap, and what they and training applied, less what was erased, is what the users have."""
     rows = (
-        _batches(tables, model)
+        batches_of(tables, model)
         .groupBy(schema.APPLICATION_ID)
         .agg(F.count(F.lit(1)).alias("batches"), F.max(schema.BATCH_ID).alias("last"))
     )
     gaps = sum(row["batches"] != row["last"] + 1 for row in rows.collect())
-    applied = _ledger(tables, model).agg(F.sum(schema.ACCEPTED)).first()[0] or 0
+    streamed, erased = (
+        ledger_of(tables, model, *query).agg(F.sum(schema.ACCEPTED)).first()[0] or 0 for query in ((), (ERASE,))
+    )
     trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     total, n, distinct = users.agg(F.sum(schema.N_EVENTS), F.count(F.lit(1)), F.count_distinct(USER_ID)).first()
     check = {
-        "holds": not gaps and total == trained + applied and n == distinct,
+        "holds": not gaps and total == trained + streamed + erased and n == distinct,
         "gaps": gaps,
         "trained": trained,
-        "streamed": applied,
+        "streamed": streamed,
+        "erased": -erased,
         "in_users": total,
-        "waiting": _waiting(tables, model).count(),
+        "waiting": waiting_of(tables, model).where(F.col(schema.RELEASED).isNull()).count(),
         "repeated_users": n - distinct,
     }
     if not check["holds"]:
@@ -119,38 +138,26 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
 
     Where the loss is not squared: a replay of training, batches and releases in the ledger's order.
     """
-    consumed = _consumed_version(tables, model)
-    if consumed is None:
+    commit = consumed(tables, model)
+    if commit is None:
         return {
             "holds": False,
             "reason": "the update stream stopped within a commit: run jobs/update.py --available-now",
         }
-    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
-    if LOSSES[model.loss].is_quadratic:
-        unreleased = waiting.where(F.col(schema.RELEASED).isNull()).select(schema.EVENT_ID)
-        whole = events = tables.read(schema.EVENTS, consumed).join(unreleased, schema.EVENT_ID, "left_anti")
-    else:
-        try:
-            events = in_turns(tables, model, _ledger(tables, model), waiting, consumed)
-        except StateError as error:
-            return {"holds": False, "reason": str(error)}
-        whole = events.withColumn(TURN, F.lit(TRAINING))
+    try:
+        events = applied(tables, model, commit)
+    except StateError as error:
+        return {"holds": False, "reason": str(error)}
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
-    rows = features_of(tables, model).toArrow()
-    inputs = SharedInputs(rows[INPUT_ID].combine_chunks(), features.from_rows(rows, model.d))
-    partitions = tables.spark.sparkContext.defaultParallelism
-
-    def from_nothing(events: DataFrame) -> DataFrame:
-        described = users.select(USER_ID, schema.PRIOR_MEAN)
-        return updated_users(events, users.limit(0), described, model, inputs, partitions)
-
-    scratch = from_nothing(events)
+    scratch = rebuilt(tables, model, events)
     both = users.where(F.col(schema.N_EVENTS) > 0).alias("stored").join(scratch.alias("scratch"), USER_ID, "full")
     differences = {
         name: _relative(F.col(f"stored.{name}"), F.col(f"scratch.{name}")) for name in (schema.A, schema.B, schema.W)
     }
-    counts_differ = ~F.col(f"stored.{schema.N_EVENTS}").eqNullSafe(F.col(f"scratch.{schema.N_EVENTS}"))
-    times_differ = ~F.col(f"stored.{schema.REFERENCE_TIME}").eqNullSafe(F.col(f"scratch.{schema.REFERENCE_TIME}"))
+    counts_differ, times_differ = (
+        ~F.col(f"stored.{name}").eqNullSafe(F.col(f"scratch.{name}"))
+        for name in (schema.N_EVENTS, schema.REFERENCE_TIME)
+    )
     result = both.agg(
         F.count(F.lit(1)).alias("users"),
         F.count_if(counts_differ).alias("counts_differ"),
@@ -163,8 +170,12 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         "holds": not (figures["counts_differ"] or figures["reference_times_differ"]) and largest <= tolerance,
         **figures,
         "tolerance": tolerance,
-        "events_version": consumed,
-        **({} if whole is events else _refit_gap(users, from_nothing(whole))),
+        "events_version": commit,
+        **(
+            {}
+            if LOSSES[model.loss].is_quadratic
+            else _refit_gap(users, rebuilt(tables, model, at_once(tables, model, commit)))
+        ),
     }
 
 
@@ -177,27 +188,29 @@ def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:
 
 
 def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Check:
-    """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh."""
-    stored = features_of(tables, model).toArrow()
+    """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh.
+
+    Training had the attributes of its time, a later input those of its own: a row of an input that has attributes now and had
+    none then may be either's.
+    """
+    stored, artefact = features_of(tables, model).toArrow(), model.artefact
     ids = stored[INPUT_ID].combine_chunks()
     at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()
-    catalogue = read_catalogue(
-        tables.read(schema.EVENTS, model.events_version), at_training[INPUT_ID], LOSSES[model.loss]
-    )
-    artefact = model.artefact
-    implicit = matrix(stored[schema.IMPLICIT], artefact.input_implicit)[index_of(catalogue.ids, ids)]
-    described = describe_inputs(catalogue.ids, at_training, artefact.input_encoder)
-    trained = artefact.inputs.mean(np.column_stack([described, implicit]))
-    later = pd.DataFrame({INPUT_ID: ids.filter(pa.array(index_of(ids, catalogue.ids) < 0)).to_pandas()})
-    later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
-    fresh = np.concatenate([trained, model.input_basis(later.drop(columns=INPUT_ID))])
-    order = index_of(ids, pa.concat_arrays([catalogue.ids, pa.array(later[INPUT_ID], pa.string())]))
-    expected = fresh[order] + features.residuals(stored, model.d)
+    described = describe_inputs(ids, at_training, artefact.input_encoder)
+    implicit = matrix(stored[schema.IMPLICIT], artefact.input_implicit)
+    residual = features.residuals(stored, model.d)
     found = features.from_rows(stored, model.d)
-    actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]])
-    difference = float(np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
-    missing = len(catalogue.ids) - int(np.sum(index_of(catalogue.ids, ids) >= 0))
-    repeated = len(ids) - len(ids.unique())
+    actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]]) - residual
+    errors = _errors(actual, artefact.inputs.mean(np.column_stack([described, implicit])))
+    known = pa.array(at_training[INPUT_ID], pa.string())
+    candidates = np.flatnonzero((index_of(ids, known) < 0) & ~residual.any(1) & ~implicit.any(1))
+    later = pd.DataFrame({INPUT_ID: ids.take(pa.array(candidates)).to_pandas()})
+    later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
+    if len(later):
+        as_later = _errors(actual[candidates], model.input_basis(later.drop(columns=INPUT_ID)))
+        errors[candidates] = np.minimum(errors[candidates], as_later)
+    difference = float(errors.max(initial=0.0))
+    missing, repeated = int(np.sum(index_of(known, ids) < 0)), len(ids) - len(ids.unique())
     return {
         "holds": difference <= tolerance and not missing and not repeated,
         "inputs": len(ids),
@@ -208,29 +221,9 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
     }
 
 
-def _ledger(tables: Tables, model: Model) -> DataFrame:
-    version = f"v{model.version}"
-    rows = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == QUERY)
-    return rows.where(F.split(schema.APPLICATION_ID, "-")[1] == version)
-
-
-def _batches(tables: Tables, model: Model) -> DataFrame:
-    """The ledger rows of the stream's own batches, without the releases."""
-    return _ledger(tables, model).where(F.col(schema.OFFSETS).isNotNull())
-
-
-def _waiting(tables: Tables, model: Model) -> DataFrame:
-    rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
-    return rows.where(F.col(schema.RELEASED).isNull())
-
-
-def _consumed_version(tables: Tables, model: Model) -> int | None:
-    """The events commit through which training and stream have read; None where the stream is within one."""
-    last = _batches(tables, model).orderBy(F.col(schema.BATCH_ID).desc()).first()
-    if last is None:
-        return model.events_version
-    offset = json.loads(last[schema.OFFSETS])
-    return offset["reservoirVersion"] - 1 if offset["index"] < 0 else None
+def _errors(actual: Array, expected: Array) -> Array:
+    """Largest difference of each row, relative to the expected value (at least 1)."""
+    return np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), axis=1)
 
 
 def _relative(stored: Column, scratch: Column) -> Column:

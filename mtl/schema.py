@@ -15,6 +15,7 @@ FEATURES = "features"
 USERS = "users"
 WAITING = "waiting"
 LEDGER = "ledger"
+ERASURES = "erasures"
 
 # Events
 EVENT_ID = "event_id"
@@ -88,6 +89,14 @@ WAITED = "waited"
 RELEASED = "released"
 FINGERPRINT = "fingerprint"
 OFFSETS = "offsets"
+
+# Erasures
+ERASURE_ID = "erasure_id"
+KEY = "key"  # the column that the ids are of: user_id or event_id
+IDS = "ids"  # what is to be erased; emptied when it is
+CORRECTIONS = "corrections"  # the file that the events come back from, as JSON; null when they have
+REPORT = "report"
+FINISHED_AT = "finished_at"
 
 PLANNED = "planned"
 DONE = "done"
@@ -191,6 +200,16 @@ SCHEMAS: dict[str, T.StructType] = {
         (RELEASED, T.LongType()),
         (CREATED_AT, T.TimestampType()),
     ),
+    ERASURES: _table(
+        (ERASURE_ID, T.StringType()),
+        (STATE, T.StringType()),
+        (KEY, T.StringType()),
+        (IDS, T.ArrayType(T.StringType())),
+        (CORRECTIONS, T.StringType()),
+        (REPORT, T.StringType()),
+        (CREATED_AT, T.TimestampType()),
+        (FINISHED_AT, T.TimestampType()),
+    ),
 }
 
 PARTITIONED_BY: dict[str, list[str]] = {FEATURES: [MODEL_VERSION], USERS: [MODEL_VERSION], WAITING: [MODEL_VERSION]}
@@ -211,4 +230,5 @@ PROPERTIES: dict[str, dict[str, str]] = {
     USERS: _MERGED,
     WAITING: _MERGED,
     LEDGER: _LONG_MEMORY,
+    ERASURES: {},  # its old versions hold ids: no longer than they must
 }

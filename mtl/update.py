@@ -141,12 +141,12 @@ class Updater:
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were."""
         with self.lock:
-            last = self._resume_release()
+            self._resume_release()
             inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
             unknown = self._know(inputs)
             if len(unknown) == len(inputs):
                 return 0
-            number = 0 if last is None else last + 1
+            number = self._ledger(self.release_application).count()  # waiting rows may be erased, these never are
             source = self._ids(inputs.filter(pa.array(index_of(inputs, unknown) < 0))).alias("known")
             same = (
                 f"w.{INPUT_ID} = known.{INPUT_ID} AND w.{MODEL_VERSION} = {self.model.version} "
@@ -172,12 +172,11 @@ class Updater:
         last = rows.agg(F.max(schema.BATCH_ID)).collect()[0][0]
         self.interrupted = last is not None and not os.path.exists(f"{self.checkpoint}/commits/{last}")
 
-    def _resume_release(self) -> int | None:
-        """Finish a release that was tagged and not recorded; the number of the last one there was."""
+    def _resume_release(self) -> None:
+        """Finish a release that was tagged and not recorded."""
         last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
         if last is not None and not self._ledger_row(self.release_application, last):
             self._finish_release(last)
-        return last
 
     def _finish_release(self, number: int) -> int:
         """MERGE, then the ledger row by which a release is known to be complete."""
@@ -238,9 +237,11 @@ class Updater:
     def _waiting(self) -> DataFrame:
         return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
 
+    def _ledger(self, application: str) -> DataFrame:
+        return self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == application)
+
     def _ledger_row(self, application: str, number: int) -> Row | None:
-        row = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
-        return self.tables.read(schema.LEDGER).where(row).first()
+        return self._ledger(application).where(F.col(schema.BATCH_ID) == number).first()
 
     def _write_ledger(
         self,
@@ -324,6 +325,7 @@ def _run(updater: Updater, settings: Settings, available_now: bool, stop: thread
         schema.EVENTS,
         startingVersion=updater.model.events_version + 1,
         maxFilesPerTrigger=settings.update.max_files_per_trigger,
+        skipChangeCommits="true",  # erasures, see mtl.erase
     ).select(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME)
     writer = events.writeStream.foreachBatch(updater.apply).option("checkpointLocation", updater.checkpoint)
     if available_now:

@@ -30,13 +30,8 @@ _NOT_YET = -1  # the turn of events that are not applied
 _NAME, _LATE = "_mtl_file", "_mtl_late"
 
 ERASURE = "erase "  # begins the metadata of commits by which events are erased
-_NO_EVENTS = {
-    "OPTIMIZE",
-    "REORG",
-    "SET TBLPROPERTIES",
-    "VACUUM START",
-    "VACUUM END",
-}  # that commits with these operations add
+# Operations of commits that add no events.
+_NO_EVENTS = {"OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END"}
 
 Place = tuple[int, int]  # a commit, and the number of a file among those that it added
 

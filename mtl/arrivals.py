@@ -102,6 +102,19 @@ def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
     return rows
 
 
+def unlearnt(rows: pa.Table, model: Model) -> pa.Table:
+    """Rows of the features table as they were when their inputs came: what events said of them is forgotten."""
+    d, n = model.d, len(rows)
+    width = gaussian.packed_length(d)
+    taken = np.column_stack(
+        [matrix(rows[schema.A], width), matrix(rows[schema.B], d), rows[schema.N_EVENTS].to_numpy()]
+    )
+    fresh = learn(rows, -taken, model)
+    for name, size in ((schema.A, width), (schema.B, d), (schema.RESIDUAL, d)):
+        fresh = fresh.set_column(fresh.column_names.index(name), name, lists(np.zeros((n, size))))  # without rounding
+    return fresh
+
+
 def renewed(inputs: SharedInputs, rows: pa.Table, model: Model) -> SharedInputs:
     """``inputs`` with the predictions of these rows; sums of users go on as they were."""
     place = blocks.index_of(rows[INPUT_ID], inputs.ids)

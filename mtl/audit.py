@@ -12,23 +12,20 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from mtl import features, schema
-from mtl.arrivals import shared_inputs
 from mtl.arrow import matrix
 from mtl.batches import INGEST, batch_name
 from mtl.blocks import index_of
-from mtl.catalogue import describe_inputs, read_catalogue
-from mtl.checkpoint import end_of
+from mtl.catalogue import describe_inputs
 from mtl.config import Settings
 from mtl.errors import StateError
+from mtl.ledger import ERASE, added, batches_of, consumed
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
-from mtl.recover import batches_of, last_batch, ledger_of
-from mtl.replay import in_turns
+from mtl.rebuild import applied, at_once, rebuilt, waiting_of
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.users import TRAINING, TURN, updated_users
 
 log = logging.getLogger("mtl")
 
@@ -42,10 +39,11 @@ def audit(tables: Tables, settings: Settings) -> dict[str, Any]:
         StateError: there is no live model version.
     """
     model = load_model(tables)
-    tables.create(schema.WAITING, schema.LEDGER)
+    tables.create(schema.WAITING, schema.LEDGER, schema.ERASURES)
     checks = {
         "one_live_version": _one_live(tables),
         "ingest_adds_up": _ingest_adds_up(tables),
+        "erasures_done": _erasures_done(tables),
         "update_adds_up": _update_adds_up(tables, model),
         "users_equal_scratch": _users_equal_scratch(tables, model, settings.audit.tolerance),
         "features_equal_oracle": _features_equal_oracle(tables, model, settings.audit.tolerance),
@@ -61,14 +59,30 @@ def _one_live(tables: Tables) -> Check:
     return {"holds": live == 1, "live": live}
 
 
+def _erasures_done(tables: Tables) -> Check:
+    pending = tables.read(schema.ERASURES).where(F.col(schema.STATE) == schema.PLANNED).count()
+    advice = {"advice": "an erasure that was interrupted ends with jobs/erase.py"} if pending else {}
+    return {"holds": not pending, "pending": pending, **advice}
+
+
 def _ingest_adds_up(tables: Tables) -> Check:
-    """offered = accepted + duplicates + quarantined of every batch, and events and quarantine hold that many."""
+    """offered = accepted + duplicates + quarantined of every batch; events and quarantine hold that many less the erased."""
     ledger = tables.read(schema.LEDGER).where((F.col(schema.QUERY) == INGEST) & (F.col(schema.STATE) == schema.DONE))
     batch = batch_name().alias(BATCH)
     counts = (schema.OFFERED, schema.ACCEPTED, schema.DUPLICATES, schema.QUARANTINED)
+    erased = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == ERASE)
+    of = F.split(schema.APPLICATION_ID, "-")[1].alias(BATCH)
+    erased = erased.where(~of.rlike("^v[0-9]+$")).select(of, schema.ACCEPTED, schema.QUARANTINED)
     written = {
-        name: tables.read(table).groupBy(BATCH).agg(F.count(F.lit(1)).alias(name))
-        for name, table in (("in_events", schema.EVENTS), ("in_quarantine", schema.QUARANTINE))
+        name: tables.read(table)
+        .select(BATCH, F.lit(1).alias(name))
+        .unionAll(erased.select(BATCH, -F.coalesce(F.col(count), F.lit(0))))
+        .groupBy(BATCH)
+        .agg(F.sum(name).alias(name))
+        for name, table, count in (
+            ("in_events", schema.EVENTS, schema.ACCEPTED),
+            ("in_quarantine", schema.QUARANTINE, schema.QUARANTINED),
+        )
     }
     rows = ledger.select(batch, *counts)
     # A batch of attributes has quarantine rows but no ledger row, hence left for quarantine and full for events.
@@ -88,24 +102,25 @@ def _ingest_adds_up(tables: Tables) -> Check:
 
 
 def _update_adds_up(tables: Tables, model: Model) -> Check:
-    """Batches are numbered without a gap, and what they and training applied is what the users have."""
+    """Batches are numbered without a gap, and what they and training applied, less what was erased, is what the users have."""
     rows = (
         batches_of(tables, model.version)
         .groupBy(schema.APPLICATION_ID)
         .agg(F.count(F.lit(1)).alias("batches"), F.max(schema.BATCH_ID).alias("last"))
     )
     gaps = sum(row["batches"] != row["last"] + 1 for row in rows.collect())
-    applied = ledger_of(tables, model.version).agg(F.sum(schema.ACCEPTED)).first()[0] or 0
+    streamed, erased = added(tables, model.version), added(tables, model.version, ERASE)
     trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     total, n, distinct = users.agg(F.sum(schema.N_EVENTS), F.count(F.lit(1)), F.count_distinct(USER_ID)).first()
     check = {
-        "holds": not gaps and total == trained + applied and n == distinct,
+        "holds": not gaps and total == trained + streamed + erased and n == distinct,
         "gaps": gaps,
         "trained": trained,
-        "streamed": applied,
+        "streamed": streamed,
+        "erased": -erased,
         "in_users": total,
-        "waiting": _waiting(tables, model).count(),
+        "waiting": waiting_of(tables, model).where(F.col(schema.RELEASED).isNull()).count(),
         "repeated_users": n - distinct,
     }
     if not check["holds"]:
@@ -120,37 +135,26 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
 
     Where the loss is not squared: a replay of training, batches and releases in the ledger's order.
     """
-    consumed = _consumed_version(tables, model)
-    if consumed is None:
+    commit = consumed(tables, model)
+    if commit is None:
         return {
             "holds": False,
             "reason": "the update stream stopped within a commit: run jobs/update.py --available-now",
         }
-    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
-    if LOSSES[model.loss].is_quadratic:
-        unreleased = waiting.where(F.col(schema.RELEASED).isNull()).select(schema.EVENT_ID)
-        whole = events = tables.read(schema.EVENTS, consumed).join(unreleased, schema.EVENT_ID, "left_anti")
-    else:
-        try:
-            events = in_turns(tables, model, ledger_of(tables, model.version), waiting, consumed)
-        except StateError as error:
-            return {"holds": False, "reason": str(error)}
-        whole = events.withColumn(TURN, F.lit(TRAINING))
+    try:
+        events = applied(tables, model, commit)
+    except StateError as error:
+        return {"holds": False, "reason": str(error)}
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
-    inputs = shared_inputs(features_of(tables, model).toArrow(), model)
-    partitions = tables.spark.sparkContext.defaultParallelism
-
-    def from_nothing(events: DataFrame) -> DataFrame:
-        described = users.select(USER_ID, schema.PRIOR_MEAN)
-        return updated_users(events, users.limit(0), described, model, inputs, partitions)
-
-    scratch = from_nothing(events)
+    scratch = rebuilt(tables, model, events)
     both = users.where(F.col(schema.N_EVENTS) > 0).alias("stored").join(scratch.alias("scratch"), USER_ID, "full")
     differences = {
         name: _relative(F.col(f"stored.{name}"), F.col(f"scratch.{name}")) for name in (schema.A, schema.B, schema.W)
     }
-    counts_differ = ~F.col(f"stored.{schema.N_EVENTS}").eqNullSafe(F.col(f"scratch.{schema.N_EVENTS}"))
-    times_differ = ~F.col(f"stored.{schema.REFERENCE_TIME}").eqNullSafe(F.col(f"scratch.{schema.REFERENCE_TIME}"))
+    counts_differ, times_differ = (
+        ~F.col(f"stored.{name}").eqNullSafe(F.col(f"scratch.{name}"))
+        for name in (schema.N_EVENTS, schema.REFERENCE_TIME)
+    )
     result = both.agg(
         F.count(F.lit(1)).alias("users"),
         F.count_if(counts_differ).alias("counts_differ"),
@@ -163,8 +167,12 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         "holds": not (figures["counts_differ"] or figures["reference_times_differ"]) and largest <= tolerance,
         **figures,
         "tolerance": tolerance,
-        "events_version": consumed,
-        **({} if whole is events else _refit_gap(users, from_nothing(whole))),
+        "events_version": commit,
+        **(
+            {}
+            if LOSSES[model.loss].is_quadratic
+            else _refit_gap(users, rebuilt(tables, model, at_once(tables, model, commit)))
+        ),
     }
 
 
@@ -177,27 +185,28 @@ def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:
 
 
 def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Check:
-    """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh."""
-    stored = features_of(tables, model).toArrow()
+    """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh.
+
+    Training had the attributes of its time; an input that came after it (:mod:`mtl.arrivals`) has those of now.
+    """
+    stored, artefact = features_of(tables, model).toArrow(), model.artefact
     ids = stored[INPUT_ID].combine_chunks()
     at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()
-    catalogue = read_catalogue(
-        tables.read(schema.EVENTS, model.events_version), at_training[INPUT_ID], LOSSES[model.loss]
+    described = describe_inputs(ids, at_training, artefact.input_encoder)
+    expected = artefact.inputs.mean(
+        np.column_stack([described, matrix(stored[schema.IMPLICIT], artefact.input_implicit)])
     )
-    artefact = model.artefact
-    implicit = matrix(stored[schema.IMPLICIT], artefact.input_implicit)[index_of(catalogue.ids, ids)]
-    described = describe_inputs(catalogue.ids, at_training, artefact.input_encoder)
-    trained = artefact.inputs.mean(np.column_stack([described, implicit]))
-    later = pd.DataFrame({INPUT_ID: ids.filter(pa.array(index_of(ids, catalogue.ids) < 0)).to_pandas()})
+    arrived = np.flatnonzero(stored[schema.N_EVENTS].is_valid().to_numpy())
+    later = pd.DataFrame({INPUT_ID: ids.take(pa.array(arrived)).to_pandas()})
     later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
-    fresh = np.concatenate([trained, model.input_basis(later.drop(columns=INPUT_ID))])
-    order = index_of(ids, pa.concat_arrays([catalogue.ids, pa.array(later[INPUT_ID], pa.string())]))
-    expected = fresh[order] + features.residuals(stored, model.d)
+    if len(later):
+        expected[arrived] = model.input_basis(later.drop(columns=INPUT_ID))
+    expected += features.residuals(stored, model.d)
     found = features.from_rows(stored, model.d)
     actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]])
     difference = float(np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
-    missing = len(catalogue.ids) - int(np.sum(index_of(catalogue.ids, ids) >= 0))
-    repeated = len(ids) - len(ids.unique())
+    known = pa.array(at_training[INPUT_ID], pa.string())
+    missing, repeated = int(np.sum(index_of(known, ids) < 0)), len(ids) - len(ids.unique())
     return {
         "holds": difference <= tolerance and not missing and not repeated,
         "inputs": len(ids),
@@ -206,20 +215,6 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
         "missing": missing,
         "repeated": repeated,
     }
-
-
-def _waiting(tables: Tables, model: Model) -> DataFrame:
-    rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
-    return rows.where(F.col(schema.RELEASED).isNull())
-
-
-def _consumed_version(tables: Tables, model: Model) -> int | None:
-    """The events commit through which training and stream have read; None where the stream is within one."""
-    last = last_batch(tables, model.version)
-    if last is None:
-        return model.events_version
-    commit, file = end_of(last[schema.OFFSETS])
-    return commit - 1 if file < 0 else None
 
 
 def _relative(stored: Column, scratch: Column) -> Column:

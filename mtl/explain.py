@@ -15,9 +15,9 @@ from mtl import features, gaussian, schema
 from mtl.arrow import matrix
 from mtl.errors import StateError
 from mtl.gaussian import Array
+from mtl.ledger import ledger_of
 from mtl.materialize import features_of
 from mtl.model import Model, model_of
-from mtl.recover import ledger_of
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.score import PREDICTION, STD, inputs_of, score_rows
 from mtl.tables import Tables
@@ -134,7 +134,7 @@ def _weights(past: Past, state: pa.Table, user: str) -> Array:
 
 
 def _last_batches(past: Past) -> list[dict[str, Any]]:
-    rows = ledger_of(past.tables, past.model.version, past.versions[schema.LEDGER])
+    rows = ledger_of(past.tables, past.model.version, commit=past.versions[schema.LEDGER])
     last = rows.orderBy(F.col(schema.CREATED_AT).desc()).limit(_BATCHES)
     columns = (schema.APPLICATION_ID, schema.BATCH_ID, schema.ACCEPTED, schema.CREATED_AT)
     return [

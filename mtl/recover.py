@@ -9,34 +9,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import Column, Row
 from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.checkpoint import RECOVERY, Checkpoint, Place, end_of, offsets_at
 from mtl.errors import ReplayError
+from mtl.ledger import ERASE, UPDATE, added, batches_of, last_batch, ledger_of
 from mtl.model import Model
 from mtl.replay import files_added, ids_of_files
 from mtl.schema import MODEL_VERSION
 from mtl.tables import Tables
-from mtl.updater import QUERY, Already, Updater
+from mtl.updater import Already, Updater
 
 log = logging.getLogger("mtl")
-
-
-def ledger_of(tables: Tables, version: int, commit: int | None = None) -> DataFrame:
-    """The ledger rows of a version's batches, releases and recoveries, now or as of a commit of the ledger."""
-    rows = tables.read(schema.LEDGER, commit).where(F.col(schema.QUERY) == QUERY)
-    return rows.where(F.split(schema.APPLICATION_ID, "-")[1] == f"v{version}")
-
-
-def batches_of(tables: Tables, version: int) -> DataFrame:
-    """Those of :func:`ledger_of` that stand for a place in the source: batches and recoveries."""
-    return ledger_of(tables, version).where(F.col(schema.OFFSETS).isNotNull())
-
-
-def last_batch(tables: Tables, version: int) -> Row | None:
-    return batches_of(tables, version).orderBy(F.col(schema.CREATED_AT).desc()).first()
 
 
 def check(updater: Updater) -> None:
@@ -108,7 +94,7 @@ def _without_the_unapplied(tables: Tables, model: Model, last: Row) -> Row | Non
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     held = users.agg(F.sum(schema.N_EVENTS)).first()[0] or 0
     trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
-    recorded = trained + (ledger_of(tables, model.version).agg(F.sum(schema.ACCEPTED)).first()[0] or 0)
+    recorded = trained + added(tables, model.version) + added(tables, model.version, ERASE)
     if held == recorded:
         return last
     if held != recorded - last[schema.ACCEPTED]:
@@ -140,7 +126,7 @@ def _mark(tables: Tables, model: Model, place: Place) -> None:
     application = f"recover-v{model.version}"
     number = tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == application).count()
     row = {
-        schema.QUERY: QUERY,
+        schema.QUERY: UPDATE,
         schema.APPLICATION_ID: application,
         schema.BATCH_ID: number,
         schema.STATE: schema.RECOVERED,

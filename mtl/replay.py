@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -21,13 +21,17 @@ from mtl import schema
 from mtl.checkpoint import Place, end_of
 from mtl.errors import StateError
 from mtl.model import Model
-from mtl.schema import EVENT_ID
+from mtl.schema import BATCH, EVENT_ID
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN
 
 _NOT_YET = -1  # the turn of events that are not applied
 
 _NAME, _LATE = "_mtl_file", "_mtl_late"
+
+ERASURE = "erase "  # begins the metadata of commits by which events are erased
+# Operations of commits that add no events.
+_NO_EVENTS = {"OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END"}
 
 
 def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame, consumed: int) -> DataFrame:
@@ -51,14 +55,15 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     turn_of = {path: _NOT_YET if i is None else batches[i][0] for (_, path), i in zip(files, read, strict=True)}
     by_name = _table(tables, _NAME, {_name(path): turn for path, turn in turn_of.items()}, pa.string())
 
-    events = tables.read(schema.EVENTS, consumed)
+    events, kept = snapshot(tables, consumed)
     alive = {_name(path) for path in events.inputFiles()}
     with_file = events.withColumn(_NAME, F.col("_metadata.file_name"))
-    in_order = with_file.join(by_name, _NAME, "left").drop(_NAME)
+    in_order = kept(with_file).join(by_name, _NAME, "left").drop(_NAME)
     # Compaction rewrites files, and the new ones tell nothing of the order.
     rewritten = [f"{location}/{path}" for path in turn_of if _name(path) not in alive]
     if rewritten:
-        before = ids_of_files(tables, rewritten).join(by_name, _NAME).select(EVENT_ID, F.col(TURN).alias(_LATE))
+        before = ids_of_files(tables, rewritten).join(by_name, _NAME)
+        before = before.groupBy(EVENT_ID).agg(F.max(TURN).alias(_LATE))  # a corrected event came twice
         in_order = in_order.join(before, EVENT_ID, "left").withColumn(TURN, F.coalesce(TURN, _LATE)).drop(_LATE)
     released = waiting.select(EVENT_ID, schema.RELEASED).join(
         _table(tables, schema.RELEASED, releases, pa.int64()), schema.RELEASED, "left"
@@ -67,6 +72,25 @@ def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame
     turn = F.coalesce(_LATE, TURN, F.lit(TRAINING))
     in_order = in_order.join(late, EVENT_ID, "left").withColumn(TURN, turn).drop(_LATE)
     return in_order.where(F.col(TURN) != _NOT_YET)
+
+
+def snapshot(tables: Tables, commit: int) -> tuple[DataFrame, Callable[[DataFrame], DataFrame]]:
+    """Events of the commits through one of them; and what leaves those of a frame of them that were not erased since.
+
+    Where later commits added no events the table is read as it is now, so that old versions may be vacuumed.
+    """
+    since = tables.version(schema.EVENTS) - commit
+    history = tables.delta(schema.EVENTS).history(since) if since else tables.delta(schema.EVENTS).history(1).limit(0)
+    later = [(row["operation"], row["userMetadata"] or "") for row in history.collect()]
+    erasures = [operation for operation, metadata in later if metadata.startswith(ERASURE)]
+    if all(operation in _NO_EVENTS for operation, metadata in later if not metadata.startswith(ERASURE)):
+        return tables.read(schema.EVENTS), lambda events: events
+    if not erasures:
+        return tables.read(schema.EVENTS, commit), lambda events: events
+    # A corrected event has the same id, and another batch.
+    now = tables.read(schema.EVENTS).select(F.col(EVENT_ID).alias("_mtl_id"), F.col(BATCH).alias("_mtl_batch"))
+    same = (F.col(EVENT_ID) == F.col("_mtl_id")) & F.col(BATCH).eqNullSafe(F.col("_mtl_batch"))
+    return tables.read(schema.EVENTS, commit), lambda events: events.join(now, same, "left_semi")
 
 
 def batch_of(files: list[Place], ends: list[Place]) -> list[int | None]:
@@ -89,13 +113,18 @@ def files_added(tables: Tables, location: str, first: int, last: int) -> list[tu
         ) from error
     commit = F.split(F.col("_metadata.file_name"), r"\.")[0].cast("long").alias("commit")
     actions = text.select(commit, F.posexplode(F.split("value", "\n")).alias("line", "action"))
-    path, changes = (F.get_json_object("action", f"$.add.{name}") for name in ("path", "dataChange"))
-    added = actions.where(changes == "true").select("commit", "line", path.alias("path"))
+    path, added, removed = (
+        F.get_json_object("action", f"$.{name}") for name in ("add.path", "add.dataChange", "remove.dataChange")
+    )
+    changes = actions.select("commit", "line", F.when(added == "true", path).alias("path"), removed.alias("removed"))
+    rows = changes.where("path IS NOT NULL OR removed = 'true'").orderBy("commit", "line").collect()
+    passed_over = {row["commit"] for row in rows if row["removed"]}  # the stream reads no commit that erases
     numbers: Counter[int] = Counter()
     files = []
-    for row in added.orderBy("commit", "line").collect():
-        files.append(((row["commit"], numbers[row["commit"]]), row["path"]))
-        numbers[row["commit"]] += 1
+    for row in rows:
+        if row["commit"] not in passed_over:
+            files.append(((row["commit"], numbers[row["commit"]]), row["path"]))
+            numbers[row["commit"]] += 1
     return files
 
 

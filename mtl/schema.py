@@ -16,6 +16,7 @@ USERS = "users"
 WAITING = "waiting"
 LEDGER = "ledger"
 PROGRESS = "progress"
+ERASURES = "erasures"
 
 # Events
 EVENT_ID = "event_id"
@@ -111,6 +112,13 @@ SEEN_N = "seen_n"  # events by how many their user had before, see mtl.progress.
 SEEN_LOSS = "seen_loss"
 PHI_SUM = "phi_sum"
 PHI_SQUARES = "phi_squares"
+# Erasures
+ERASURE_ID = "erasure_id"
+KEY = "key"  # the column that the ids are of: user_id or event_id
+IDS = "ids"  # what is to be erased; emptied when it is
+CORRECTIONS = "corrections"  # the file that the events come back from, as JSON; null when they have
+REPORT = "report"
+FINISHED_AT = "finished_at"
 
 PLANNED = "planned"
 DONE = "done"
@@ -239,6 +247,16 @@ SCHEMAS: dict[str, T.StructType] = {
         (PHI_SQUARES, _VECTOR),
         (CREATED_AT, T.TimestampType()),
     ),
+    ERASURES: _table(
+        (ERASURE_ID, T.StringType()),
+        (STATE, T.StringType()),
+        (KEY, T.StringType()),
+        (IDS, T.ArrayType(T.StringType())),
+        (CORRECTIONS, T.StringType()),
+        (REPORT, T.StringType()),
+        (CREATED_AT, T.TimestampType()),
+        (FINISHED_AT, T.TimestampType()),
+    ),
 }
 
 PARTITIONED_BY: dict[str, list[str]] = {FEATURES: [MODEL_VERSION], USERS: [MODEL_VERSION], WAITING: [MODEL_VERSION]}
@@ -261,4 +279,5 @@ PROPERTIES: dict[str, dict[str, str]] = {
     WAITING: _MERGED,
     LEDGER: _LONG_MEMORY,
     PROGRESS: _LONG_MEMORY,
+    ERASURES: {},  # its old versions hold ids: no longer than they must
 }

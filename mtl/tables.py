@@ -18,6 +18,8 @@ from mtl.errors import ConfigError
 _CATALOG = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+_APPEND_ONLY = "delta.appendOnly"
 
 
 class Tables:
@@ -126,3 +128,36 @@ class Tables:
         finally:
             self.spark.conf.unset(_TXN_APP)
             self.spark.conf.unset(_TXN_VERSION)
+
+    def erase(self, table: str, keys: DataFrame, key: str, application: str, metadata: str) -> None:
+        """Remove the rows whose ``key`` is among ``keys``, at most once for (table, application), append-only or not.
+
+        Args:
+            metadata: goes with the commit, see :meth:`commits_with`.
+        """
+        append_only = schema.PROPERTIES[table].get(_APPEND_ONLY) == "true"
+        if append_only:
+            self._set_append_only(table, False)
+        self.spark.conf.set(_METADATA, metadata)
+        try:
+            with self.once(application, 0):
+                same = f"stored.`{key}` = erased.`{key}`"
+                merge = self.delta(table).alias("stored").merge(keys.alias("erased"), same)
+                merge.whenMatchedDelete().execute()
+        finally:
+            self.spark.conf.unset(_METADATA)
+            if append_only:
+                self._set_append_only(table, True)
+
+    def commits_with(self, table: str, metadata: str) -> list[int]:
+        """The versions of the table that were committed with ``metadata``."""
+        history = self.delta(table).history().where(F.col("userMetadata") == metadata)
+        return [row["version"] for row in history.select("version").collect()]
+
+    def purge(self, table: str) -> None:
+        """Rewrite files with rows that are only marked as deleted, so that VACUUM can remove them."""
+        self.spark.sql(f"REORG TABLE {self.name(table)} APPLY (PURGE)")
+
+    def _set_append_only(self, table: str, value: bool) -> None:
+        assignment = f"'{_APPEND_ONLY}' = '{str(value).lower()}'"
+        self.spark.sql(f"ALTER TABLE {self.name(table)} SET TBLPROPERTIES ({assignment})")

@@ -19,8 +19,8 @@ from mtl.care import Care
 from mtl.checkpoint import end_of
 from mtl.config import Settings
 from mtl.errors import MtlError
+from mtl.ledger import batches_of
 from mtl.models import load_model
-from mtl.recover import batches_of
 from mtl.retrain import retrain
 from mtl.schema import MODEL_VERSION
 from mtl.stream import Stream

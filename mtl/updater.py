@@ -39,6 +39,7 @@ from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.checkpoint import RECOVERY, Checkpoint
 from mtl.errors import ReplayError
+from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
 from mtl.progress import Progress
@@ -47,8 +48,6 @@ from mtl.tables import Tables
 from mtl.users import MEASURED, MEASURED_OF, WRITTEN, SharedInputs, prior_means, updated_users
 
 log = logging.getLogger("mtl")
-
-QUERY = "update"
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Updater:
     @property
     def application(self) -> str:
         """The application id: a new checkpoint is a new application, or Delta would skip its first batches."""
-        return f"{QUERY}-v{self.model.version}-{self.checkpoint.id}"
+        return f"{UPDATE}-v{self.model.version}-{self.checkpoint.id}"
 
     @property
     def release_application(self) -> str:
@@ -161,12 +160,12 @@ class Updater:
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were."""
         with self.lock:
-            last = self._resume_release()
+            self._resume_release()
             inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
             unknown = self._know(inputs)
             if len(unknown) == len(inputs):
                 return 0
-            number = 0 if last is None else last + 1
+            number = self._ledger(self.release_application).count()  # waiting rows may be erased, these never are
             source = self._ids(inputs.filter(pa.array(index_of(inputs, unknown) < 0))).alias("known")
             same = (
                 f"w.{INPUT_ID} = known.{INPUT_ID} AND w.{MODEL_VERSION} = {self.model.version} "
@@ -192,16 +191,14 @@ class Updater:
     def resume(self) -> None:
         """What died in a former run comes before anything new: the ledger's order is the order of application."""
         self.finish_release()
-        rows = self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == self.application)
-        last = rows.agg(F.max(schema.BATCH_ID)).collect()[0][0]
+        last = self._ledger(self.application).agg(F.max(schema.BATCH_ID)).collect()[0][0]
         self.interrupted = last is not None and not self.checkpoint.has_committed(last)
 
-    def _resume_release(self) -> int | None:
-        """Finish a release that was tagged and not recorded; the number of the last one there was."""
+    def _resume_release(self) -> None:
+        """Finish a release that was tagged and not recorded."""
         last = self._waiting().agg(F.max(schema.RELEASED)).collect()[0][0]
         if last is not None and not self._ledger_row(self.release_application, last):
             self._finish_release(last)
-        return last
 
     def _finish_release(self, number: int) -> int:
         """MERGE, then the ledger row by which a release is known to be complete."""
@@ -320,9 +317,11 @@ class Updater:
     def _waiting(self) -> DataFrame:
         return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
 
+    def _ledger(self, application: str) -> DataFrame:
+        return self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == application)
+
     def _ledger_row(self, application: str, number: int) -> Row | None:
-        row = (F.col(schema.APPLICATION_ID) == application) & (F.col(schema.BATCH_ID) == number)
-        return self.tables.read(schema.LEDGER).where(row).first()
+        return self._ledger(application).where(F.col(schema.BATCH_ID) == number).first()
 
     def _write_ledger(
         self,
@@ -333,7 +332,7 @@ class Updater:
         fingerprint: str | None = None,
     ) -> None:
         row = {
-            schema.QUERY: QUERY,
+            schema.QUERY: UPDATE,
             schema.APPLICATION_ID: application,
             schema.BATCH_ID: number,
             schema.SOURCE: self.tables.name(schema.EVENTS),

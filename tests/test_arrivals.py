@@ -94,6 +94,18 @@ def test_evidence_adds_up_and_users_sums_go_on_with_the_input_as_it_came(loss: s
     np.testing.assert_allclose(again.current.phi, after.current.phi, rtol=1e-12)
 
 
+def test_unlearning_gives_back_the_row_that_came() -> None:
+    model = model_of("squared")
+    rows, shared = catalogue(model)
+    late = rows.filter(rows[schema.N_EVENTS].is_valid())
+    ids, found = arrivals.evidence(events(60), model, shared)
+    learnt = arrivals.learn(late.filter(pc.is_in(late[schema.INPUT_ID], ids)), found, model)
+    back = arrivals.unlearnt(learnt, model)
+    for name in (schema.PHI, schema.OFFSET, schema.SECOND_MOMENT, schema.RESIDUAL, schema.N_EVENTS, schema.A):
+        got, expected = (np.concatenate([np.ravel(x) for x in of[name].to_pylist()]) for of in (back, late))
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
 def test_without_arrivals_there_is_no_evidence() -> None:
     model = model_of("squared")
     _, shared = catalogue(model, n_old=8)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import planted
 
 from mtl import decay
+from mtl.losses import LOSSES
+from mtl.train import Schedule, alternate
 
 DAY = 86_400_000_000
 
@@ -72,3 +77,16 @@ def test_a_huge_half_life_forgets_nothing_and_years_of_a_short_one_all() -> None
     for half_life, expected in ((1e15, 1.0), (1.0, 0.0)):
         _, _, of_events = decay.age(row, time, np.full(1, decay.NEVER), half_life)
         np.testing.assert_allclose(of_events, [expected, 1], atol=1e-9)
+
+
+def test_the_noise_is_of_an_event_of_weight_1_where_events_count_what_is_left_of_them() -> None:
+    """Aged events are of the same noise, and not of more: divided by their number it would come out four times too small."""
+    problem = planted(1, users=40, inputs=20, k=1, events=4000, noise=0.5, weighted=False)
+    left = 0.5 ** np.random.default_rng(0).uniform(0, 6, len(problem))
+    aged = replace(problem, weight=left)
+    found = {}
+    for n in (left.sum(), len(problem)):
+        priors, variance = (aged.user_prior(1), aged.input_prior(1)), aged.label_variance * left.sum() / n
+        found[n] = alternate(aged.engine(1), *priors, LOSSES["squared"], n, variance, Schedule(30)).noise
+    assert found[left.sum()] == pytest.approx(0.5**2, rel=0.2)
+    assert found[len(problem)] < 0.1

@@ -82,6 +82,15 @@ def changed(rows: DataFrame, change: Callable[[EventBlock], EventBlock]) -> Data
     return rows.mapInArrow(partition, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
 
 
+def settled(rows: DataFrame) -> DataFrame:
+    """The rows, computed once and without the plan that led to them; in ``spark.checkpoint.dir`` where that is set.
+
+    Else they are on the executors alone, and with one of these they are lost: the job fails and has to be run again.
+    """
+    durable = rows.sparkSession.sparkContext.getCheckpointDir() is not None
+    return rows.checkpoint() if durable else rows.localCheckpoint()
+
+
 def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]

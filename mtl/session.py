@@ -10,10 +10,10 @@ from pathlib import Path
 import pyspark
 from pyspark.sql import SparkSession
 
-from mtl.config import DEFAULTS, SparkSettings
+from mtl.config import CONF, SparkSettings
 from mtl.errors import StateError
 
-_LOGGING = DEFAULTS.with_name("log4j2.properties")
+_LOGGING = CONF / "log4j2.properties"
 
 
 def jars_folder() -> Path:
@@ -43,6 +43,7 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
         "spark.driver.maxResultSize": "0",
         "spark.ui.showConsoleProgress": "false",
+        "spark.cleaner.referenceTracking.cleanCheckpoints": "true",  # of mtl.partitions.settled
     }
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # then master, memory and jars are spark-submit's to say
     if not submitted:
@@ -56,9 +57,10 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
                 "spark.driver.host": "127.0.0.1",
                 "spark.driver.bindAddress": "127.0.0.1",
                 "spark.ui.enabled": "false",
-                "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
                 "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "oracle-mtl-warehouse"),
             }
+            if isinstance(_LOGGING, Path):  # inside a zip it is no file that Java could open
+                options["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}"
     builder = SparkSession.builder.appName(name)
     for key, value in {**options, **settings.options}.items():
         builder = builder.config(key, value)

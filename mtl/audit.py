@@ -27,6 +27,7 @@ from mtl.models import load_model, versions
 from mtl.recover import batches_of, last_batch, ledger_of
 from mtl.replay import in_turns
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.sharing import cores
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN, updated_users
 
@@ -138,7 +139,7 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         whole = events.withColumn(TURN, F.lit(TRAINING))
     users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
     inputs = shared_inputs(features_of(tables, model).toArrow(), model)
-    partitions = tables.spark.sparkContext.defaultParallelism
+    partitions = cores(tables.spark)
 
     def from_nothing(events: DataFrame) -> DataFrame:
         described = users.select(USER_ID, schema.PRIOR_MEAN)

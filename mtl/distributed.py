@@ -30,6 +30,7 @@ from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
 from mtl.partitions import settled
 from mtl.prior import Moments, VectorPrior
+from mtl.sharing import cores, share
 from mtl.userstep import Specification, UserStep
 
 SHARD_INPUTS = 16_384
@@ -161,7 +162,7 @@ class DistributedEngine:
             inputs = specification.start(first, len(part))
             states.append(_Shard(inputs, part, InputSums.zeros(*inputs.mean.shape)))
         rows = pa.concat_tables(_state_row(number, state, None) for number, state in enumerate(states))
-        n = min(len(states), self.spark.sparkContext.defaultParallelism)
+        n = min(len(states), cores(self.spark))
         return settled(self.spark.createDataFrame(rows).repartition(n, _SHARD))
 
     def _replace(self, state: DataFrame) -> None:
@@ -171,7 +172,7 @@ class DistributedEngine:
         return [cloudpickle.loads(row[0]) for row in self.state.select("reply").collect()]
 
     def _broadcast(self, value: Any) -> Any:
-        return self.spark.sparkContext.broadcast(value)
+        return share(self.spark, value)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from mtl.prior import Locked, Prior, VectorPrior, unlocked
 from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
+from mtl.sharing import cores, share
 from mtl.start import Live, from_covariance
 from mtl.supervised import Supervised
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
@@ -108,7 +109,7 @@ class Trained:
         """Rows of the features table."""
         width = self.input_implicit
         ids, mu, prior = (
-            self.engine.rows.sparkSession.sparkContext.broadcast(self.catalogue.ids),
+            share(self.engine.rows.sparkSession, self.catalogue.ids),
             self.mu,
             self.fit.inputs,
         )
@@ -168,7 +169,7 @@ def train(
     sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
     user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
-    n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
+    n_partitions = settings.train.partitions or cores(events.sparkSession)
     undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
 
     identity = settings.oracle.kind == "identity"

@@ -58,7 +58,8 @@ def run(name: str, description: str, work: Work, arguments: Arguments | None = N
         settings = load_settings(parsed.conf, parsed.set)
         spark = open_session(settings.spark, f"oracle-mtl {name}")
         result = work(spark, settings, parsed)
-        spark.stop()
+        if "DATABRICKS_RUNTIME_VERSION" not in os.environ:  # there the session is not ours to stop
+            spark.stop()
     except MtlError as error:
         _fail(name, str(error))
     except (PySparkException, Py4JError) as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 import cloudpickle
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyspark.sql import functions as F
 

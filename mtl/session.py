@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 
 from mtl.config import CONF, SparkSettings
 from mtl.errors import StateError
+from mtl.sharing import is_remote
 
 _LOGGING = CONF / "log4j2.properties"
 
@@ -21,8 +22,13 @@ def jars_folder() -> Path:
     return Path(os.environ.get("SPARK_HOME") or pyspark.__path__[0]) / "jars"
 
 
+def is_hosted() -> bool:
+    """Whether master, memory and jars are somebody else's to say: spark-submit's, Databricks' or a Connect server's."""
+    return not os.environ.keys().isdisjoint({"PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE"})
+
+
 def open_session(settings: SparkSettings, name: str) -> SparkSession:
-    """The session of this process: inside spark-submit on its terms, else a local one by ``settings``.
+    """The session of this process: on its host's terms where there is one (:func:`is_hosted`), else a local one by ``settings``.
 
     Raises:
         StateError: there are no Delta jars beside Spark's own and none are configured.
@@ -45,8 +51,7 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.ui.showConsoleProgress": "false",
         "spark.cleaner.referenceTracking.cleanCheckpoints": "true",  # of mtl.partitions.settled
     }
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # then master, memory and jars are spark-submit's to say
-    if not submitted:
+    if not is_hosted():
         if not any(jars_folder().glob("delta-spark_*.jar")) and not {"spark.jars", "spark.jars.packages"} & {
             *settings.options
         }:
@@ -65,5 +70,6 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
     for key, value in {**options, **settings.options}.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel(settings.log_level)
+    if not is_remote(spark):
+        spark.sparkContext.setLogLevel(settings.log_level)
     return spark

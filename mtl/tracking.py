@@ -14,7 +14,6 @@ import mtl
 from mtl import portable
 from mtl.config import Settings
 from mtl.errors import ConfigError
-from mtl.figures import plot_objective
 from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.score import PREDICTION, STD
@@ -43,8 +42,11 @@ def record(tables: Tables, settings: Settings, model: Model, report: Mapping[str
     Args:
         report: what ``retrain`` returns: numbers by name, and the objective by half-step.
     """
+    # Here, for a retraining that is not recorded waits for neither.
     import mlflow
     from mlflow.exceptions import MlflowException
+
+    from mtl.figures import plot_objective
 
     try:
         mlflow.set_tracking_uri(settings.mlflow.tracking_uri)
@@ -52,13 +54,14 @@ def record(tables: Tables, settings: Settings, model: Model, report: Mapping[str
         with mlflow.start_run(run_name=f"version {model.version}") as run:
             mlflow.set_tags({MODEL_VERSION: model.version, "tables.root": tables.root})
             mlflow.log_params(dict(_parameters(settings)))
-            mlflow.log_metrics({name: value for name, value in report.items() if isinstance(value, int | float)})
-            for half_step, objective in enumerate(report["objective"]):
-                mlflow.log_metric("objective", objective, step=half_step)
             with tempfile.TemporaryDirectory() as folder:
                 plot_objective(Path(folder) / "objective.png", report["objective"])
                 mlflow.log_artifact(str(Path(folder) / "objective.png"))
+                # Before the metrics: those of step 0 that a run has by then, MLflow logs a second time for the model.
                 _log_model(tables, settings, model, Path(folder) / "model")
+            mlflow.log_metrics({name: value for name, value in report.items() if isinstance(value, int | float)})
+            for half_step, objective in enumerate(report["objective"]):
+                mlflow.log_metric("objective", objective, step=half_step)
             return run.info.run_id
     except (MlflowException, OSError) as error:
         log.warning("mlflow: version %d is not recorded (%s)", model.version, " ".join(str(error).split()))

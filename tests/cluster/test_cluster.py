@@ -102,6 +102,11 @@ class Cluster:
             "spark.ui.enabled=false",
             f"spark.pyspark.python={self.python}",
             f"spark.pyspark.driver.python={self.python}",
+            # As in conftest: little data, many plans.
+            "spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "spark.executor.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "spark.sql.codegen.wholeStage=false",
+            "spark.sql.codegen.factoryMode=NO_CODEGEN",
         ):
             command += ["--conf", option]
         with open(self.folder / f"{log}.out", "w") as out, open(self.folder / f"{log}.log", "w") as err:
@@ -120,8 +125,9 @@ class Cluster:
             status = process.wait(PATIENCE)
         finally:
             kill(process)
-        assert status == 0, self.log(log)[-3000:]
-        return json.loads((self.folder / f"{log}.out").read_text().splitlines()[-1])
+        said = (self.folder / f"{log}.out").read_text()
+        assert status == 0, said[-3000:] + self.log(log)[-3000:]
+        return json.loads(said.splitlines()[-1])
 
     def run(self, job: Path, *arguments: str, options: tuple[str, ...] = (), log: str) -> dict:
         return self.result(self.submit(job, *arguments, options=options, log=log), log)
@@ -317,10 +323,11 @@ class Submitted:
         job = ROOT / "jobs" / "retrain.py"
         training = self.cluster.submit(job, *self.arguments, options=self.options, log=log)
         try:
-            has_begun = lambda: "iteration 3," in self.cluster.log(log) or training.poll() is not None  # noqa: E731
+            words = self.cluster.folder / f"{log}.out"  # spark-submit sends all that Python says there
+            has_begun = lambda: "iteration 3," in words.read_text() or training.poll() is not None  # noqa: E731
             wait_for(has_begun, PATIENCE, "the training does not come to its third pass")
             kill(self.cluster.workers.pop())
-            assert f"iteration {ITERATIONS - 2}," not in self.cluster.log(log), "the worker died too late to matter"
+            assert f"iteration {ITERATIONS - 2}," not in words.read_text(), "the worker died too late to matter"
         finally:
             result = self.cluster.result(training, log)
         assert "Lost executor" in self.cluster.log(log)

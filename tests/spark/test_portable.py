@@ -83,10 +83,11 @@ def test_one_row_is_predicted_as_among_many(saved):
     assert loaded.predict(saved.asked.iloc[:0]).shape == (0, 2)
 
 
-def test_size_is_that_of_the_files_within_a_factor(saved):
-    model = load_model(saved.tables)
-    expected = (20 + 12) * 8 * (6 + 6) / 1e6
-    assert portable.size_mb(saved.tables, model) == pytest.approx(expected)
+def test_size_is_that_of_users_and_features(saved):
+    d = 3  # k = 2 basis functions and the intercept
+    assert portable.size_mb(saved.tables, load_model(saved.tables)) == pytest.approx(
+        (21 + 14) * 8 * (d * (d + 1) / 2 + 2 * d) / 1e6
+    )
 
 
 def test_mlflow_that_is_missing_is_said_before_training(tables, monkeypatch):

@@ -7,10 +7,10 @@ TEST_ARGS ?=
 # .venv brings its own Spark: one that the caller's environment points to would be started in its place.
 unexport SPARK_HOME SPARK_CONF_DIR PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo test test-fast check format bench faults clean distclean
+.PHONY: help setup demo test test-fast check format bench faults package cluster-test clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv: Python packages, Delta's jars, Java (once; then about a second)
 	@bash .ci/setup
@@ -18,8 +18,8 @@ setup: ## make .venv: Python packages, Delta's jars, Java (once; then about a se
 demo: setup ## the whole product on a small data set (DEMO_ARGS="…")
 	@$(PY) jobs/demo.py $(DEMO_ARGS)
 
-test: setup ## all tests but the benches, in two processes (TEST_ARGS="-k name")
-	@$(PY) -m pytest tests --ignore=tests/bench -n 2 --dist loadfile $(TEST_ARGS)
+test: setup ## all tests but the benches and the cluster's, in two processes (TEST_ARGS="-k name")
+	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile $(TEST_ARGS)
 
 test-fast: setup ## the pure tests: no Spark, seconds
 	@$(PY) -m pytest tests/test_*.py $(TEST_ARGS)
@@ -41,6 +41,12 @@ bench: setup ## how long retraining, ingesting, updating and recommending take
 
 faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (an hour or more)
 	@FAULTS=long $(PY) -m pytest tests/faults $(TEST_ARGS)
+
+package: setup ## the wheel and its zip into dist/; with ENV=1 the environment archive too
+	@ENV=$(ENV) bash .ci/package
+
+cluster-test: package ## spark-submit on a cluster of three processes, one of them killed; Spark Connect
+	@$(PY) -m pytest tests/cluster $(TEST_ARGS)
 
 clean: ## remove what tests and builds left; keeps .venv, data/ and demo/
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log *.egg-info

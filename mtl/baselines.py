@@ -35,6 +35,7 @@ from mtl.losses import LOSSES, Loss
 from mtl.metrics import clipped, cost
 from mtl.model import Model
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.sharing import cores, share
 from mtl.tables import Tables
 
 log = logging.getLogger("mtl")
@@ -200,7 +201,7 @@ def with_independent(
     events = train.select(USER_ID, INPUT_ID, F.col(LABEL).alias(_LABEL), F.col(WEIGHT).alias(_WEIGHT))
     together = rows.unionByName(events, allowMissingColumns=True)
     predicted = T.StructType([*rows.schema.fields, T.StructField(INDEPENDENT, T.ArrayType(T.DoubleType()))])
-    shared = rows.sparkSession.sparkContext.broadcast((inputs, mean, tuple(strengths), loss))
+    shared = share(rows.sparkSession, (inputs, mean, tuple(strengths), loss))
     return together.repartition(USER_ID).mapInArrow(_independent_in_arrow(shared), predicted)
 
 
@@ -265,7 +266,7 @@ def choose_als(part: DataFrame, validation: DataFrame, mean: float, settings: Ev
     train = ids.transform(part).persist()
     rows = with_input_mean(part, ids.transform(validation), mean, LOSSES[model.loss]).persist()
     try:
-        blocks = part.sparkSession.sparkContext.defaultParallelism
+        blocks = cores(part.sparkSession)
         best, least = _als(*grid[0], blocks, settings), np.inf
         for rank, regularization in tqdm(grid, "ALS grid", unit="setting", disable=None):
             als = _als(rank, regularization, blocks, settings)

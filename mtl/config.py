@@ -6,8 +6,9 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.resources import files as resources_of
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -18,7 +19,21 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULTS = Path(__file__).resolve().parent.parent / "conf" / "default.toml"
+if TYPE_CHECKING:
+    if sys.version_info >= (3, 11):
+        from importlib.resources.abc import Traversable
+    else:
+        from importlib.abc import Traversable
+
+
+def _conf() -> Traversable:
+    """The folder conf: inside the package in a wheel, which may be a zip on the path; beside it in a checkout."""
+    packaged = resources_of("mtl") / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "conf"
+
+
+CONF = _conf()
+DEFAULTS = CONF / "default.toml"
 ENVIRONMENT_PREFIX = "MTL_"
 
 AutoOrCount = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -188,6 +203,12 @@ class AuditSettings(_Section):
     tolerance: float = Field(gt=0)
 
 
+class MlflowSettings(_Section):
+    tracking_uri: str
+    experiment: str = Field(min_length=1)
+    model_limit_mb: int = Field(ge=0)
+
+
 class Settings(_Section):
     """All settings of a job; see conf/default.toml for what each means."""
 
@@ -207,6 +228,7 @@ class Settings(_Section):
     serve: ServeSettings
     evaluate: EvaluateSettings
     audit: AuditSettings
+    mlflow: MlflowSettings
 
 
 def load_settings(
@@ -224,8 +246,8 @@ def load_settings(
             value is out of its range.
     """
     tree: dict[str, Any] = {}
-    for file in (DEFAULTS, *files):
-        _merge(tree, _read(Path(file)))
+    for file in (DEFAULTS, *map(Path, files)):
+        _merge(tree, _read(file))
     _merge(tree, _assigned(_environment()))
     _merge(tree, _assigned(assignments))
     for path, value in (values or {}).items():
@@ -248,7 +270,7 @@ def valid_keys() -> list[str]:
     ]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Traversable) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

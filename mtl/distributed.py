@@ -28,7 +28,9 @@ from mtl.firstorder import FunctionBasis, Slope
 from mtl.forms import PartlyGiven
 from mtl.gaussian import Array, Posterior
 from mtl.oracle.linear import NormalEquations, fit_ridge
+from mtl.partitions import settled
 from mtl.prior import Moments, VectorPrior
+from mtl.sharing import cores, share
 from mtl.userstep import Specification, UserStep
 
 SHARD_INPUTS = 16_384
@@ -60,15 +62,13 @@ class DistributedEngine:
         self.blocks = rows.withColumn(_PARTITION, F.spark_partition_id())
         self.specification = replace(specification, attributes=specification.attributes[:0])  # what is sent around
         self.shard_inputs, self.rounding = shard_inputs, specification.rounding
-        self.routes = (
-            self.blocks.select(_PARTITION, "inputs").mapInArrow(_routes(shard_inputs), _PIECE).localCheckpoint()
-        )
+        self.routes = settled(self.blocks.select(_PARTITION, "inputs").mapInArrow(_routes(shard_inputs), _PIECE))
         self.state = self._start(specification)
 
     def update_users(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
-        pieces = self._on_partitions(
-            _sums, (prior, noise, self.specification), self.blocks.drop("users"), _PIECE
-        ).localCheckpoint()
+        pieces = settled(
+            self._on_partitions(_sums, (prior, noise, self.specification), self.blocks.drop("users"), _PIECE)
+        )
         replies = [cloudpickle.loads(row[0]) for row in pieces.select("reply").where("reply IS NOT NULL").collect()]
         own = self.state.groupBy(_SHARD)
         received = _receive(self.specification, self.shard_inputs)
@@ -162,17 +162,17 @@ class DistributedEngine:
             inputs = specification.start(first, len(part))
             states.append(_Shard(inputs, part, InputSums.zeros(*inputs.mean.shape)))
         rows = pa.concat_tables(_state_row(number, state, None) for number, state in enumerate(states))
-        n = min(len(states), self.spark.sparkContext.defaultParallelism)
-        return self.spark.createDataFrame(rows).repartition(n, _SHARD).localCheckpoint()
+        n = min(len(states), cores(self.spark))
+        return settled(self.spark.createDataFrame(rows).repartition(n, _SHARD))
 
     def _replace(self, state: DataFrame) -> None:
-        self.state = state.localCheckpoint()  # cuts the lineage, or plans would grow with every pass
+        self.state = settled(state)  # or plans would grow with every pass
 
     def _replies(self) -> list[Any]:
         return [cloudpickle.loads(row[0]) for row in self.state.select("reply").collect()]
 
     def _broadcast(self, value: Any) -> Any:
-        return self.spark.sparkContext.broadcast(value)
+        return share(self.spark, value)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from mtl.blocks import EventBlock
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
 from mtl.prior import Moments, VectorPrior
+from mtl.sharing import share
 from mtl.userstep import BlockSums, Specification, UserStep
 from mtl.zeros import WithZeros
 
@@ -201,7 +202,7 @@ class SparkEngine(LocalEngine):
 
     def each_block(self, step: UserStep) -> Iterator[BlockSums]:
         keep = not step.loss.is_quadratic
-        broadcast = self.rows.sparkSession.sparkContext.broadcast(step)
+        broadcast = share(self.rows.sparkSession, step)
         columns = [*_SUMS.names, *(_STATE.names if keep else ())]
         passed = self.state.mapInArrow(_step_in_arrow(broadcast, keep), ", ".join(f"{name} binary" for name in columns))
         with _not_adapted(self.rows.sparkSession):
@@ -229,7 +230,7 @@ class SparkEngine(LocalEngine):
         return self.rows.sparkSession.createDataFrame(rows, ddl)
 
     def user_rows(self, work: UserWork, arguments: Any, ddl: str) -> DataFrame:
-        shared = self.rows.sparkSession.sparkContext.broadcast((self.features, arguments))
+        shared = share(self.rows.sparkSession, (self.features, arguments))
 
         def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             features, arguments = shared.value

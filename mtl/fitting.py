@@ -43,6 +43,7 @@ from mtl.prior import Locked, Prior, VectorPrior, unlocked
 from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
+from mtl.sharing import cores, share
 from mtl.start import Live, from_covariance
 from mtl.supervised import Supervised
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
@@ -111,8 +112,11 @@ class Trained:
     def feature_rows(self, version: int) -> DataFrame:
         """Rows of the features table."""
         width = self.input_implicit
-        context, mu, prior = self.engine.rows.sparkSession.sparkContext, self.mu, self.fit.inputs
-        ids = context.broadcast(self.catalogue.ids)
+        ids, mu, prior = (
+            share(self.engine.rows.sparkSession, self.catalogue.ids),
+            self.mu,
+            self.fit.inputs,
+        )
 
         def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
             features = Features.of(inputs.mean, inputs.covariance, mu)
@@ -176,7 +180,7 @@ def train(
     sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
     user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
-    n_partitions = settings.train.partitions or events.sparkSession.sparkContext.defaultParallelism
+    n_partitions = settings.train.partitions or cores(events.sparkSession)
     undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
 
     identity = settings.oracle.kind == "identity"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ def run(name: str, description: str, work: Work, arguments: Arguments | None = N
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a failed batch is reported once, by us
         spark = open_session(settings.spark, f"oracle-mtl {name}")
         result = work(spark, settings, parsed)
-        spark.stop()
+        if "DATABRICKS_RUNTIME_VERSION" not in os.environ:  # there the session is not ours to stop
+            spark.stop()
         return result
 
     execute(name, description, in_session, arguments, (PySparkException, Py4JError))

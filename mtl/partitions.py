@@ -21,6 +21,7 @@ from mtl.encode import Encoder
 from mtl.gaussian import Array
 from mtl.sampling import ROLE
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.sharing import is_remote, share
 
 _ATTRIBUTES = "attributes"
 _ATTRIBUTES_TYPE = T.ArrayType(T.DoubleType())
@@ -38,20 +39,19 @@ def partition_events(
         catalogue: ids of all inputs; an event of another one is an error of the caller.
         partitions: number of hash partitions.
     """
-    context = events.sparkSession.sparkContext
     role = [ROLE] if ROLE in events.columns else []
     rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *role)
     if described is not None:
         rows = rows.withColumn(_ATTRIBUTES, F.lit(None).cast(_ATTRIBUTES_TYPE)).unionByName(
             described, allowMissingColumns=True
         )
-    build = _build_in_arrow(context.broadcast(catalogue), width)
+    build = _build_in_arrow(share(events.sparkSession, catalogue), width)
     return rows.repartition(partitions, USER_ID).mapInArrow(build, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
 
 
 def encode_users(users: DataFrame, encoder: Encoder) -> DataFrame:
     """(user_id, attributes): every row of the attribute table encoded, in Arrow batches on the workers."""
-    encode = users.sparkSession.sparkContext.broadcast(encoder)
+    encode = share(users.sparkSession, encoder)
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -80,6 +80,16 @@ def changed(rows: DataFrame, change: Callable[[EventBlock], EventBlock]) -> Data
             yield blocks.to_arrow(change(block))
 
     return rows.mapInArrow(partition, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
+
+
+def settled(rows: DataFrame) -> DataFrame:
+    """The rows, computed once and without the plan that led to them; in ``spark.checkpoint.dir`` where that is set.
+
+    Else they are on the executors alone, and with one of these they are lost: the job fails and has to be run again.
+    """
+    spark = rows.sparkSession
+    durable = not is_remote(spark) and spark.sparkContext.getCheckpointDir() is not None
+    return rows.checkpoint() if durable else rows.localCheckpoint()
 
 
 def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -13,6 +13,7 @@ from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.replay import in_turns, snapshot
 from mtl.schema import EVENT_ID, MODEL_VERSION, USER_ID
+from mtl.sharing import cores
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN, updated_users
 
@@ -51,5 +52,5 @@ def rebuilt(tables: Tables, model: Model, events: DataFrame, only: DataFrame | N
         users, events = (rows.join(F.broadcast(only), USER_ID, "left_semi") for rows in (users, events))
     inputs = shared_inputs(features_of(tables, model).toArrow(), model)
     described = users.select(USER_ID, schema.PRIOR_MEAN)
-    partitions = tables.spark.sparkContext.defaultParallelism
+    partitions = cores(tables.spark)
     return updated_users(events, users.limit(0), described, model, inputs, partitions)

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 
 from mtl.arrow import matrix
 from mtl.gaussian import Array
+from mtl.sharing import share
 
 ID, VECTOR = "id", "vector"
 RECOMMENDATIONS, RATING = "recommendations", "rating"
@@ -40,8 +41,8 @@ def recommend(queries: DataFrame, candidates: DataFrame, n: int) -> DataFrame:
             a block of 256 MB.
         n: at least 1; all candidates where there are fewer.
     """
-    context = queries.sparkSession.sparkContext
-    found = [queries.mapInArrow(_in_arrow(context.broadcast(block), n), _FOUND) for block in _blocks(candidates)]
+    spark = queries.sparkSession
+    found = [queries.mapInArrow(_in_arrow(share(spark, block), n), _FOUND) for block in _blocks(candidates)]
     if len(found) == 1:
         return found[0]
     best = F.sort_array(F.flatten(F.collect_list(RECOMMENDATIONS)), asc=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyspark.sql import functions as F
 
-from mtl import models, schema
+from mtl import models, schema, tracking
 from mtl.config import Settings, TrainSettings
 from mtl.fitting import train
 from mtl.model import model_row
@@ -23,8 +23,9 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
 
     Raises:
         StateError: there are no events.
+        ConfigError: MLflow is wanted and not installed.
     """
-    started = time.monotonic()
+    started, tracked = time.monotonic(), tracking.is_tracked(settings)
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
     trained = train(
         tables.read(schema.EVENTS, events_version),
@@ -50,7 +51,8 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     if promote:
         models.promote(tables, version)
     status = schema.LIVE if promote else status
-    return {"model_version": version, "status": status, **result, "objective": list(objective)}
+    report = {"model_version": version, "status": status, **result, "objective": list(objective)}
+    return {**report, "mlflow_run": tracking.record(tables, settings, model, report)} if tracked else report
 
 
 def _live(tables: Tables, settings: TrainSettings) -> Live | None:

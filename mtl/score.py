@@ -26,6 +26,7 @@ from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.sharing import share
 from mtl.tables import Tables
 from mtl.users import SharedInputs, prior_means
 from mtl.working import belief
@@ -74,7 +75,7 @@ def score_rows(
         described = prior_means(user_attributes.join(unknown, USER_ID, "left_semi"), model)
         states = states.unionByName(described.withColumnsRenamed(STATE), allowMissingColumns=True)
     inputs = inputs_of(model, shared, input_attributes, rows.select(INPUT_ID).distinct())
-    broadcast = rows.sparkSession.sparkContext.broadcast((model, inputs))
+    broadcast = share(rows.sparkSession, (model, inputs))
     scored = T.StructType([*rows.schema.fields, *(T.StructField(name, T.DoubleType()) for name in (PREDICTION, STD))])
     together = rows.unionByName(states, allowMissingColumns=True)
     return together.repartition(USER_ID).mapInArrow(_score_in_arrow(broadcast), scored)

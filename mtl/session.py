@@ -10,10 +10,11 @@ from pathlib import Path
 import pyspark
 from pyspark.sql import SparkSession
 
-from mtl.config import DEFAULTS, SparkSettings
+from mtl.config import CONF, SparkSettings
 from mtl.errors import StateError
+from mtl.sharing import is_remote
 
-_LOGGING = DEFAULTS.with_name("log4j2.properties")
+_LOGGING = CONF / "log4j2.properties"
 
 
 def jars_folder() -> Path:
@@ -21,8 +22,13 @@ def jars_folder() -> Path:
     return Path(os.environ.get("SPARK_HOME") or pyspark.__path__[0]) / "jars"
 
 
+def is_hosted() -> bool:
+    """Whether master, memory and jars are somebody else's to say: spark-submit's, Databricks' or a Connect server's."""
+    return not os.environ.keys().isdisjoint({"PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE"})
+
+
 def open_session(settings: SparkSettings, name: str) -> SparkSession:
-    """The session of this process: inside spark-submit on its terms, else a local one by ``settings``.
+    """The session of this process: on its host's terms where there is one (:func:`is_hosted`), else a local one by ``settings``.
 
     Raises:
         StateError: there are no Delta jars beside Spark's own and none are configured.
@@ -43,9 +49,9 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
         "spark.driver.maxResultSize": "0",
         "spark.ui.showConsoleProgress": "false",
+        "spark.cleaner.referenceTracking.cleanCheckpoints": "true",  # of mtl.partitions.settled
     }
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # then master, memory and jars are spark-submit's to say
-    if not submitted:
+    if not is_hosted():
         if not any(jars_folder().glob("delta-spark_*.jar")) and not {"spark.jars", "spark.jars.packages"} & {
             *settings.options
         }:
@@ -56,12 +62,14 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
                 "spark.driver.host": "127.0.0.1",
                 "spark.driver.bindAddress": "127.0.0.1",
                 "spark.ui.enabled": "false",
-                "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
                 "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "oracle-mtl-warehouse"),
             }
+            if isinstance(_LOGGING, Path):  # inside a zip it is no file that Java could open
+                options["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}"
     builder = SparkSession.builder.appName(name)
     for key, value in {**options, **settings.options}.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel(settings.log_level)
+    if not is_remote(spark):
+        spark.sparkContext.setLogLevel(settings.log_level)
     return spark

@@ -16,6 +16,7 @@ from mtl.lock import exclusive
 from mtl.model import Model
 from mtl.recover import already_applied, check, drop_unplanned, recover, starting_place
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.sharing import cores
 from mtl.tables import Tables
 from mtl.updater import Updater
 from mtl.zeros import WithZeros
@@ -51,7 +52,7 @@ class Stream:
             raise
 
     def _open(self, checkpoint: Checkpoint, from_ledger: bool) -> Updater:
-        partitions = self.settings.update.partitions or self.tables.spark.sparkContext.defaultParallelism
+        partitions = self.settings.update.partitions or cores(self.tables.spark)
         # An input without the zeros that others have would be learnt from its ones alone (mtl.zeros).
         has_zeros = isinstance(self.model.artefact.users, WithZeros)
         learn_arrivals = self.settings.update.learn_arrivals and not has_zeros

@@ -42,6 +42,7 @@ from mtl.errors import ReplayError
 from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
+from mtl.partitions import settled
 from mtl.progress import Progress
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
 from mtl.tables import Tables
@@ -228,7 +229,7 @@ class Updater:
         measure = _progress_and_evidence if self.learn_arrivals else _progress
         rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, measure)
         with self._timed("compute"):
-            rows = rows.localCheckpoint()  # computed once; unlike a cached plan, MERGE takes it
+            rows = settled(rows)  # unlike a cached plan, MERGE takes it
             measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
             of_inputs = measured[MEASURED_OF].is_valid()
             self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)

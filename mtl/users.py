@@ -20,6 +20,7 @@ from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.model import Model
 from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, REFERENCE_TIME, USER_ID, WEIGHT
+from mtl.sharing import share
 from mtl.working import settle
 
 _STATE = (schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
@@ -78,7 +79,7 @@ def updated_users(
     )
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
-    update = _update_in_arrow(events.sparkSession.sparkContext.broadcast((model, inputs)), measure)
+    update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure)
     kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
     columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [
         f"{MEASURED_OF} string",
@@ -89,7 +90,7 @@ def updated_users(
 
 def prior_means(users: DataFrame, model: Model) -> DataFrame:
     """(user_id, prior_mean) of rows of the user attributes table, in Arrow batches on the workers."""
-    shared = users.sparkSession.sparkContext.broadcast(model)
+    shared = share(users.sparkSession, model)
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:

@@ -10,6 +10,8 @@ from mtl.config import load_settings
 from mtl.errors import StateError
 from mtl.session import jars_folder, open_session
 
+HOSTS = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE")
+
 
 class Started(Exception):
     """The session would have been built now."""
@@ -22,7 +24,7 @@ def no_spark(monkeypatch):
             raise Started
 
     monkeypatch.setattr(session, "SparkSession", type("SparkSession", (), {"builder": Builder()}))
-    for name in ("SPARK_HOME", "PYSPARK_GATEWAY_PORT"):
+    for name in ("SPARK_HOME", *HOSTS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -74,7 +76,8 @@ def test_configured_jars_are_enough(spark_home, key):
         open_session(settings(f'spark.options={{"{key}" = "x"}}'), "test")
 
 
-def test_inside_spark_submit_jars_are_its_business(spark_home, monkeypatch):
-    monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "1")
+@pytest.mark.parametrize("host", HOSTS)
+def test_where_there_is_a_host_jars_are_its_business(spark_home, monkeypatch, host):
+    monkeypatch.setenv(host, "1")
     with pytest.raises(Started):
         open_session(settings(), "test")

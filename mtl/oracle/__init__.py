@@ -9,6 +9,7 @@ from mtl.config import OracleSettings
 from mtl.errors import ConfigError
 from mtl.oracle.imports import load_object
 from mtl.oracle.linear import fit_ridge
+from mtl.sharing import cores
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -70,7 +71,7 @@ def make_fit_all(settings: OracleSettings, spark: SparkSession) -> FitAll | None
         if settings.parallel is True:
             raise ConfigError(f"oracle.parallel is for oracles fitted on one machine, not oracle.kind {settings.kind}")
         return None
-    few = settings.kind == "linear" or spark.sparkContext.defaultParallelism < _WORTH_CORES
+    few = settings.kind == "linear" or cores(spark) < _WORTH_CORES
     if not settings.parallel or (settings.parallel == "auto" and few):
         return None
     from mtl.oracle.parallel import SparkFits

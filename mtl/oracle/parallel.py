@@ -9,12 +9,12 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import pyarrow as pa
-from pyspark import Broadcast
 from pyspark.sql import SparkSession
 
 from mtl.basis import Oracle, Regressor, fit_one
 from mtl.errors import OracleError
 from mtl.gaussian import Array
+from mtl.sharing import Shared, share
 
 _COLUMNS = "function int, fitted binary, predictions binary, problem string"
 
@@ -24,17 +24,17 @@ class SparkFits:
 
     def __init__(self, spark: SparkSession):
         self.spark = spark
-        self._sent: tuple[Array, Broadcast] | None = None
+        self._sent: tuple[Array, Shared] | None = None
 
     def __call__(
         self, oracle: Oracle, attributes: Array, target: Array, weight: Array
     ) -> list[tuple[Regressor, Array]]:
-        context, d = self.spark.sparkContext, target.shape[1]
+        d = target.shape[1]
         if self._sent is None or self._sent[0] is not attributes:
             if self._sent:
                 self._sent[1].destroy()
-            self._sent = attributes, context.broadcast(attributes)
-        given = context.broadcast((cloudpickle.dumps(oracle), target, weight))
+            self._sent = attributes, share(self.spark, attributes)
+        given = share(self.spark, (cloudpickle.dumps(oracle), target, weight))
         try:
             # A range is cut evenly, so that each of its d partitions is one function.
             functions = self.spark.range(0, d, 1, d).withColumnRenamed("id", "function")

@@ -1,0 +1,42 @@
+"""What is packaged is complete, and finds its defaults in a checkout and inside a zip alike."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from mtl.config import CONF, tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_is_listed():
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "mtl").rglob("__init__.py")}
+    assert {*found, "mtl.conf"} == set(SETUPTOOLS["packages"])
+
+
+def test_a_checkout_has_its_defaults_at_the_top_level():
+    assert ROOT / SETUPTOOLS["package-dir"]["mtl.conf"] == CONF
+
+
+def test_a_zip_has_its_defaults_inside(tmp_path):
+    archive = tmp_path / "mtl.zip"
+    with zipfile.ZipFile(archive, "w") as written:
+        for file in (ROOT / "mtl").rglob("*.py"):
+            written.write(file, file.relative_to(ROOT))
+        for file in (ROOT / "conf").iterdir():
+            written.write(file, f"mtl/conf/{file.name}")
+    script = f"""
+import sys
+sys.path.insert(0, {str(archive)!r})
+import mtl.config, mtl.session
+print(mtl.config.__file__)
+print(mtl.config.load_settings().train.max_iterations, mtl.config.CONF)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    where, loaded = done.stdout.splitlines()
+    assert where == str(archive / "mtl" / "config.py")
+    assert loaded.startswith("30 ")
+    assert str(archive) in loaded

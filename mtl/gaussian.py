@@ -21,7 +21,7 @@ Array = NDArray[np.floating]
 # Up to this dimension one sweep vectorized over the batch beats a LAPACK call per matrix.
 _SWEEP_LIMIT = 24
 # Up to this many matrices a LAPACK call each beats both.
-_FEW = 8
+FEW = 8
 # From 1.17 on SciPy inverts a batch by Cholesky, in two thirds of NumPy's time; before, one matrix a call.
 _HAS_BATCHED_CHOLESKY = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 17)
 _SWEEP_BYTES = 1 << 19  # a block of matrices that stays in the second-level cache
@@ -89,9 +89,12 @@ def row(packed: Array, d: int, i: int) -> Array:
 
 
 def inner(left: Array, right: Array, d: int) -> Array:
-    """tr(L R) of each pair of symmetric matrices, both packed (n, d(d+1)/2): (n,)."""
+    """tr(L R) of each pair of symmetric matrices, both packed (n, d(d+1)/2): (n,).
+
+    A pair's value is the same to the last bit whatever others are beside it.
+    """
     rows, columns = triangle(d)
-    return (left * right) @ np.where(rows == columns, 1.0, 2.0)
+    return np.einsum("np,np->n", left * np.where(rows == columns, 1.0, 2.0), right)
 
 
 def posterior(precision: Array, information: Array) -> Posterior:
@@ -107,7 +110,7 @@ def posterior(precision: Array, information: Array) -> Posterior:
     n, d = information.shape
     mean, covariance, log_determinant = np.empty((n, d)), np.empty_like(precision), np.empty(n)
     rows, columns = triangle(d)
-    if n <= _FEW:
+    if n <= FEW:
         for i in range(n):
             factor, failed = dpotrf(precision[i].take(place(d)), overwrite_a=1)
             diagonal = factor.diagonal()

@@ -140,12 +140,19 @@ def states_of(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> t
 
 
 def _moments(a: Array, b: Array, prior_mean: Array, model: Model) -> tuple[Array, Array]:
-    """Users' posterior means w, (n, d), and V + wwᵀ, packed."""
+    """Users' posterior means w, (n, d), and V + wwᵀ, packed.
+
+    A user's are the same to the last bit whoever else is there, or no prediction could be rebuilt alone (mtl.explain).
+    """
     w, second = np.empty_like(b), np.empty_like(a)
     for first in range(0, len(b), blocks.USERS_AT_ONCE):
         part = slice(first, first + blocks.USERS_AT_ONCE)
-        users = model.user_posteriors(a[part], b[part], prior_mean[part])
-        w[part], second[part] = users.mean, users.covariance + gaussian.outer(users.mean)
+        n = len(b[part])
+        # A few matrices would take another route, which rounds in another way.
+        more = ((0, max(0, gaussian.FEW + 1 - n)), (0, 0))
+        users = model.user_posteriors(*(np.pad(values[part], more) for values in (a, b, prior_mean)))
+        mean = users.mean[:n]
+        w[part], second[part] = mean, users.covariance[:n] + gaussian.outer(mean)
     return w, second
 
 

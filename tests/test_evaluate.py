@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,40 @@ def test_many_rows_in_several_gathers_score_as_one_by_one(
     monkeypatch.setattr("mtl.score._ROWS_AT_ONCE", 7)
     monkeypatch.setattr("mtl.blocks.USERS_AT_ONCE", 2)
     np.testing.assert_allclose(add_scores(table, model, shared)[STD], at_once[STD], rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic", "poisson"])
+@pytest.mark.parametrize("d", [3, 12, 27])
+def test_a_score_is_the_same_to_the_last_bit_whatever_is_scored_beside_it(
+    random: np.random.Generator, model: Model, loss: str, d: int
+) -> None:
+    prior = Prior(np.eye(1), spd(random, d) / d, 0.1 * random.normal(size=(1, d)))
+    artefact = replace(model.artefact, users=prior, inputs=prior)
+    model = replace(model, form=Form(d - 1), loss=loss, mean_label=0.1, artefact=artefact)
+    n = 300
+    features = Features.of(
+        0.2 * random.normal(size=(n + 1, d)),
+        gaussian.pack(np.stack([spd(random, d) / d**2 for _ in range(n + 1)])),
+        0.1,
+    )
+    shared = SharedInputs(pa.array([f"x{i}" for i in range(n)]), features)
+    users = [f"u{i}" for i in range(n)]
+    state = {
+        STATE[schema.A]: lists(gaussian.pack(np.stack([spd(random, d) for _ in users]))),
+        STATE[schema.B]: lists(random.normal(size=(n, d))),
+        STATE[schema.PRIOR_MEAN]: lists(0.1 * random.normal(size=(n, d))),
+    }
+    rows, states = pa.table({USER_ID: users, INPUT_ID: shared.ids}), pa.table({USER_ID: users, **state})
+
+    def scores(first: int, last: int) -> np.ndarray:
+        both = [rows.slice(first, last - first), states.slice(first, last - first)]
+        found = add_scores(pa.concat_tables(both, promote_options="default"), model, shared)
+        return np.stack([found[PREDICTION], found[STD]])
+
+    at_once = scores(0, n)
+    for size in (1, 2, 7, 8, 9, 33):
+        for first in range(0, n - size, 1 + n // 20):
+            assert np.array_equal(scores(first, first + size), at_once[:, first : first + size])
 
 
 # --- Baselines --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.config import Settings, load_settings
+from mtl.erase import erase
 from mtl.materialize import materialize
 from mtl.models import load_model, promote
 from mtl.retrain import retrain
@@ -289,3 +290,18 @@ def test_observations_of_a_log_that_is_read_again_count_once(copy: Copy) -> None
     copy.refresh()
     assert copy.overlay.n_pending() == 0
     assert {user: copy.n_events(user) for user in counts} == counts
+
+
+def test_an_erased_user_is_gone_from_the_server_and_others_events_count_once(copy: Copy) -> None:
+    append(copy.tables, rows(np.arange(TRAINED, 300)))
+    update(copy.tables, settings())
+    copy.refresh()
+    assert copy.n_events("u3") > 0
+    erase(copy.tables, settings(), users=["u3", "u90"])  # u90 has attributes and no event
+    view = copy.refresh()
+    assert view.weights_of("u3") is view.weights_of("u90") is None
+    events = copy.tables.read(EVENTS).groupBy(INPUT_ID).count().collect()
+    with copy.store.reading() as transaction:
+        popular = {input.input: input.n_events for input in copy.store.popular(transaction)}
+    assert popular == {row[INPUT_ID]: row["count"] for row in events}
+    assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)

@@ -145,7 +145,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _commit(version: int, actions: list[dict[str, Any]]) -> Commit:
-    info = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+    info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
     if (info.get("userMetadata") or "").startswith(ERASURE):
         return Commit(version, (), reload=True)
     adds = [action["add"] for action in actions if "add" in action]

@@ -222,9 +222,10 @@ def test_a_deadline_is_kept_by_a_feature_function_that_hangs(client: Client, mon
     import time
 
     hang = threading.Event()
-    monkeypatch.setattr(client.service.view, "evaluate", lambda attributes: hang.wait(5))
+    assert client.service.view is not None
+    monkeypatch.setattr(client.service.view.evaluator.lanes[0], "function", lambda encoded, needed: hang.wait(5))
     began = time.monotonic()
-    body = {"user": "u1", "inputs": ["x1", {"year": 1}], "deadline_ms": 50}
+    body = {"user": "u1", "inputs": ["x1", {"year": 1.5}], "deadline_ms": 50}
     status, answer = client.ask("POST", "/v1/predict", body)
     hang.set()
     assert status == 200

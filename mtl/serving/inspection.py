@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -12,9 +12,11 @@ import numpy as np
 from mtl import gaussian
 from mtl.serving import api, scorer
 from mtl.serving.api import Problem
+from mtl.serving.neighbours import Neighbours
 from mtl.serving.records import digest
 from mtl.serving.requests import allow, k_of, text_of
 from mtl.serving.service import Service
+from mtl.serving.view import View
 
 _encode = msgspec.json.Encoder().encode
 
@@ -24,6 +26,7 @@ class Inspection:
     """Over the service of one worker."""
 
     service: Service
+    _neighbours: Neighbours | None = field(default=None, init=False)
 
     async def user(self, identity: str, query: Mapping[str, str]) -> bytes:
         allow(query, "input")
@@ -93,7 +96,7 @@ class Inspection:
         allow(query, "input", "k")
         view, one = self.service.shown(), text_of(query, "input")
         near = await asyncio.get_running_loop().run_in_executor(
-            None, view.near_inputs, one, k_of(query, self.service.settings.max_k)
+            None, self._neighbours_in(view).of_input, one, k_of(query, self.service.settings.max_k)
         )
         if near is None:
             raise Problem(404, "unknown_input", f"input {one!r} has neither features nor attributes")
@@ -120,3 +123,8 @@ class Inspection:
         with self.service.store.reading() as transaction:
             models = self.service.store.model_list(transaction)
         return _encode(api.ModelsAnswer(view.version, models))
+
+    def _neighbours_in(self, view: View) -> Neighbours:
+        if self._neighbours is None or self._neighbours.view is not view:
+            self._neighbours = Neighbours(view)
+        return self._neighbours

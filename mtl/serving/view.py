@@ -35,7 +35,6 @@ Attributes = Mapping[str, Any]
 
 _FILTERS = 100  # attributes of which the inputs that lack them are remembered
 _SAMPLE = 2000  # inputs from which it is told what inputs are like
-_SLACK = 32  # neighbours beyond k that are looked at in double precision
 _INDEX_LIMIT = 1_000_000  # ids of inputs whose row is remembered
 
 
@@ -198,7 +197,7 @@ class View:
         return self._of_prior(self._prior_mean([{}]))
 
     @cached_property
-    def _prior_covariance(self) -> Array:
+    def prior_covariance(self) -> Array:
         """Of a user without events, packed."""
         d = self.d
         return self.model.user_posteriors(
@@ -206,7 +205,7 @@ class View:
         ).covariance
 
     def _of_prior(self, mean: Array) -> Weights:
-        return Weights(mean, scorer.quadratics(mean[None], self._prior_covariance)[0], 0)
+        return Weights(mean, scorer.quadratics(mean[None], self.prior_covariance)[0], 0)
 
     def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
         try:
@@ -342,38 +341,6 @@ class View:
                 has = np.fromiter((_matches((a or {}).get(name), value) for a in found), bool, len(rows))
             self._lacking[key] = np.flatnonzero(~has)
         return self._lacking[key]
-
-    def near_inputs(self, identity: str, k: int) -> list[tuple[str, float]] | None:
-        """The k inputs nearest to one, with their distances; None where nothing is known of it.
-
-        The distance is the root of E[(h(x; u) − h(y; u))²] over users of the prior: how differently users take two inputs.
-        """
-        found = self.rows_of([identity])
-        if not found.known[0]:
-            return None
-        metric = self._metric
-        one = scorer.top_columns(found.rows, self.d)[:, 0]
-        # |x − y|² in the metric, less what is the same for all y.
-        squares = self._squares - 2 * ((metric @ one).astype(np.float32) @ self.top)
-        rows = scorer.largest(-squares, k + _SLACK)
-        difference = self.rows[rows][:, : self.d] - found.rows[0, : self.d]
-        difference[:, 0] = self.rows[rows][:, -1] - found.rows[0, -1]
-        distance = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", difference, metric, difference), 0.0))
-        near = sorted(zip(distance.tolist(), self.ids(rows), strict=True))
-        return [(other, value) for value, other in near if other != identity][:k]
-
-    @cached_property
-    def _metric(self) -> Array:
-        """E[w̃w̃ᵀ] of the prior of a user of whom nothing is known, w̃ = [1, w_1 … w_k], (d, d)."""
-        mean = self.unknown_weights.mean.copy()
-        mean[0] = 1.0
-        second = gaussian.unpack(self._prior_covariance, self.d)[0]
-        second[0] = second[:, 0] = 0.0
-        return second + np.outer(mean, mean)
-
-    @cached_property
-    def _squares(self) -> Array:
-        return np.einsum("dn,dn->n", self._metric.astype(np.float32) @ self.top, self.top)
 
     @property
     def basis(self) -> list[str]:

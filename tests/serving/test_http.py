@@ -124,7 +124,7 @@ def test_similar_inputs_are_those_that_users_of_the_prior_take_alike(client: Cli
     view = client.service.view
     assert view is not None
     random = np.random.default_rng(0)
-    covariance = views.gaussian.unpack(view._prior_covariance, view.d)[0]
+    covariance = views.gaussian.unpack(view.prior_covariance, view.d)[0]
     users = random.multivariate_normal(view.unknown_weights.mean, covariance, 200_000)
     rows = np.asarray(view.rows)
     h = users @ rows[:, : view.d].T + rows[:, -1]

@@ -1,14 +1,14 @@
 """A worker's side of the load controller: it measures, asks the controller once a tick, and lets requests in or not.
 
 A worker answers on one event loop. What a request waits for before the loop turns to it shows in no request's own time, so
-the loop's lag, how late a timer comes, is added to each.
+the loop's lag, how late a timer comes, is added to each; and those that wait count as in the server (:attr:`Admission.begun`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from mtl.serving.load import Controller, Rung, State, Window, ladder
 
 TICK_SECONDS = 0.25
 _BEAT_SECONDS = 0.01  # between two looks at the lag
-_FADE = 0.8  # of the lag, by look
 
 
 class Admission:
@@ -31,7 +30,10 @@ class Admission:
         """
         self.controller = Controller(ladder(deadlines_ms, coarser), objective_ms)
         self.state = State()
-        self.in_flight = self.admitted = self.refused = 0
+        self.begun: Callable[[], int] = lambda: (
+            0
+        )  # requests that the server has read and not answered, where it can tell
+        self.inside = self.admitted = self.refused = 0
         self.lag = 0.0  # seconds
         self._latencies: list[float] = []  # seconds
         self._ticked = time.monotonic()
@@ -42,17 +44,22 @@ class Admission:
         """What requests are given now."""
         return self.controller.rungs[self.state.rung]
 
+    @property
+    def in_flight(self) -> int:
+        return max(self.inside, self.begun())
+
     def enter(self) -> bool:
         """Whether one more request may be answered; it must :meth:`leave` then."""
-        if not self.controller.admits(self.state, self.in_flight):
+        # One that was read is among those that have begun.
+        if self.state.limit is not None and not self.controller.admits(self.state, max(self.inside, self.begun() - 1)):
             self.refused += 1
             return False
-        self.in_flight += 1
+        self.inside += 1
         self.admitted += 1
         return True
 
     def leave(self, seconds: float) -> None:
-        self.in_flight -= 1
+        self.inside -= 1
         self._latencies.append(seconds + self.lag)
 
     def retry_after(self) -> int:
@@ -74,6 +81,6 @@ class Admission:
             before = time.monotonic()
             await asyncio.sleep(_BEAT_SECONDS)
             now = time.monotonic()
-            self.lag = max(now - before - _BEAT_SECONDS, _FADE * self.lag)
+            self.lag = max(now - before - _BEAT_SECONDS, 0.0)
             if now - self._ticked >= TICK_SECONDS:
                 self.tick()

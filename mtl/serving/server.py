@@ -219,6 +219,8 @@ async def _work(
     sys.setswitchinterval(_SWITCH_SECONDS)
     going = [asyncio.create_task(_keep_looking(service, measured, tell, parent, stop))]
     if service.admission is not None:
+        tasks = server.server_state.tasks
+        service.admission.begun = lambda: len(tasks)
         going.append(asyncio.create_task(service.admission.run()))
     await server.serve(sockets=[listener])
     for task in going:

@@ -13,6 +13,7 @@ from calling import Client, calling
 from mtl.config import load_settings
 from mtl.errors import ConfigError
 from mtl.serving.admission import Admission
+from mtl.serving.load import State
 
 OBJECTIVE = (
     "serve.objective_ms=50",
@@ -33,10 +34,10 @@ def overload(admission: Admission, ticks: int, seconds: float = 1.0) -> None:
     for _ in range(ticks):
         admission._latencies += [seconds] * 100
         admission.admitted += 100
-        admission.in_flight, before = 40, admission.in_flight
+        admission.inside, before = 40, admission.inside
         admission._ticked = time.monotonic() - 0.25
         admission.tick()
-        admission.in_flight = before
+        admission.inside = before
 
 
 def rest(admission: Admission, ticks: int) -> None:
@@ -72,13 +73,13 @@ def test_load_takes_time_then_likeness_then_admission_and_gives_them_back(tmp_pa
         overload(admission, 3)
         limit = admission.state.limit
         assert limit is not None
-        admission.in_flight += limit  # as many as may be
+        admission.inside += limit  # as many as may be
         status, headers, answer = client.send("POST", "/v1/predict", b'{"user":"u1","inputs":["x1"]}')
         assert status == 503
         assert b"overloaded" in answer
         assert 1 <= int(headers["retry-after"]) <= 30
         assert client.send("GET", "/healthz")[0] == 200  # probes are always answered
-        admission.in_flight -= limit
+        admission.inside -= limit
         rest(admission, 60)
         assert (admission.state.rung, admission.state.limit) == (0, None)
         assert admission.in_flight == 0
@@ -114,6 +115,20 @@ def test_the_loops_lag_counts_as_time_that_requests_took() -> None:
         assert admission.enter()
         admission.leave(0.001)
     assert np.allclose(admission._latencies, 0.201)
+
+
+def test_requests_that_wait_for_the_loop_are_in_the_server() -> None:
+    admission = Admission(50.0, [100.0], 0)
+    admission.state = State(limit=3)
+    waiting = 5
+    admission.begun = lambda: waiting
+    found = list[bool]()
+    while waiting:
+        found.append(admission.enter())
+        if found[-1]:
+            admission.leave(0.001)
+        waiting -= 1
+    assert found == [False, False, True, True, True]
 
 
 def test_without_an_objective_there_is_no_controller(tmp_path: Path) -> None:

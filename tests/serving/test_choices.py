@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from calling import Client, calling
-from running import ROOT
+from made_up import fill
+from running import ROOT, Server, insist
 
-from mtl.serving.decisions import estimate
+from mtl.serving.decisions import estimate, read_decisions
+from mtl.serving.store import Store
 
 INPUTS = ["x1", "x2", "x3", "x4"]
 
@@ -138,3 +142,25 @@ def test_the_servers_own_log_tells_what_other_policies_would_have_earned(tmp_pat
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )
     assert json.loads(done.stdout.splitlines()[-1])["ips"] == found["ips"]
+
+
+def test_decisions_of_workers_that_were_killed_are_in_the_log(tmp_path: Path) -> None:
+    store = Store(tmp_path, 1)
+    fill(store, 20, 30, 3)
+    store.close()
+    told = dict[str, float]()
+    with Server(tmp_path / "nowhere", f"serve.store={tmp_path}", "serve.objective_ms=1000") as server:
+        for i in range(60):
+            if i in (20, 40):
+                for pid in server.children():
+                    os.kill(pid, signal.SIGKILL)
+            answer = insist(server.port, "POST", "/v1/choose", {"user": "u1", "inputs": ["x1", "x2", {"year": 0.5}]})
+            told[answer["decision_id"]] = answer["propensity"]
+            reward = {"decision_id": answer["decision_id"], "reward": float(i % 2)}
+            assert insist(server.port, "POST", "/v1/feedback", reward)["decision_id"] in told
+        metrics = server.ask("GET", "/metrics")[1]
+    assert "mtl_load_rung{pid=" in metrics
+    assert "mtl_feature_cache_hits_total" in metrics
+    rows = read_decisions(str(tmp_path / "decisions"), {}, str(tmp_path / "feedback")).set_index("decision_id")
+    assert {name: rows.propensity[name] for name in told} == told  # others may be there that no answer told of
+    assert rows.reward[list(told)].notna().all()

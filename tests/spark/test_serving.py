@@ -96,7 +96,7 @@ class Copy:
         return self.look()
 
     def look(self) -> View:
-        self.view = open_view(self.store, self.overlay, 100, self.view)
+        self.view = open_view(self.store, self.overlay, load_settings().serve, self.view)
         assert self.view is not None
         return self.view
 

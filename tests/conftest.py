@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from pyspark.sql import SparkSession
 from mtl.config import load_settings
 from mtl.session import open_session
 from mtl.tables import Tables
+
+# Whether numbers are shared between processes is settled when prometheus_client is first imported, by whatever test that is.
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("no deadline", deadline=None)

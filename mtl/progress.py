@@ -75,12 +75,15 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
         return Progress.nothing(model.d)
     others = others.filter(pc.is_in(others[USER_ID], pc.unique(events[USER_ID])))
     scored = _scored(events, others, model, inputs)
-    references = [_scored(events, of, model, inputs) for of in (others.slice(0, 0), _about_zero(events, others, model))]
+    # One user without a state stands for the average one.
+    one_user = events.set_column(events.column_names.index(USER_ID), USER_ID, pa.repeat("", len(events)))
+    of_average = _scored(one_user, others.slice(0, 0), model, inputs)
+    of_ridge = _scored(events, _about_zero(events, others, model), model, inputs)
     states = others.filter(others[schema.A].is_valid())
     place = index_of(scored[USER_ID], states[USER_ID].combine_chunks())
     n_before = np.append(states[schema.N_EVENTS].to_numpy(), 0)[place]  # −1 takes the 0 at the end
     prediction, average, ridge = (
-        np.clip(table[PREDICTION].to_numpy(), *model.prediction_range) for table in (scored, *references)
+        np.clip(table[PREDICTION].to_numpy(), *model.prediction_range) for table in (scored, of_average, of_ridge)
     )
     phi = inputs.current.phi[index_of(scored[INPUT_ID], inputs.ids)]
     label, std = scored[LABEL].to_numpy(), scored[STD].to_numpy()

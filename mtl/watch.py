@@ -89,11 +89,11 @@ class Watch(Collector):
         self._server.server_close()
 
     def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for name, labels, value in [*self._samples, ("failed_looks", {}, float(self._failed))]:
             if name not in families:
-                kind, told = (CounterMetricFamily, _COUNTED) if name in _COUNTED else (GaugeMetricFamily, _TOLD)
-                families[name] = kind(f"mtl_update_{name}", told[name], labels=list(labels))
+                kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+                families[name] = kind(f"mtl_update_{name}", (_TOLD | _COUNTED)[name], labels=list(labels))
             families[name].add_metric(list(labels.values()), value)
         yield from families.values()
 

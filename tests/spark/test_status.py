@@ -19,8 +19,9 @@ from test_update import TRAINED, append, live, rows, settings, trained  # noqa: 
 from mtl import schema
 from mtl.drift import Seen
 from mtl.models import load_model
+from mtl.page import page
 from mtl.progress import Progress
-from mtl.status import batches, cold_start, page, status
+from mtl.status import batches, cold_start, status
 from mtl.tables import Tables
 from mtl.update import update
 

@@ -16,20 +16,20 @@ from mtl.tables import Tables
 FIGURES = ("lag_commits", "lag_events", "lag_seconds")
 
 
-def lag(tables: Tables, consumed: int) -> dict[str, float]:
+def lag(tables: Tables, consumed: int) -> dict[str, int]:
     """Commits of events after ``consumed``, the events in them, and the age of the oldest (seconds).
 
     Reads the log entries of these commits alone.
     """
     behind = tables.version(schema.EVENTS) - consumed
     if behind <= 0:
-        return dict.fromkeys(FIGURES, 0.0)
+        return dict.fromkeys(FIGURES, 0)
     metrics = F.col("operationMetrics")
     written = F.coalesce(F.try_element_at(metrics, F.lit("numTargetRowsInserted")), metrics["numOutputRows"])
     age = F.unix_timestamp(F.current_timestamp()) - F.unix_timestamp(F.min("timestamp"))
     commits = tables.delta(schema.EVENTS).history(behind)
     row = commits.agg(F.count(F.lit(1)), F.sum(written.cast("long")), age).first()
-    return dict(zip(FIGURES, (float(value or 0) for value in row), strict=True))
+    return dict(zip(FIGURES, (value or 0 for value in row), strict=True))
 
 
 def waiting(tables: Tables, version: int) -> DataFrame:

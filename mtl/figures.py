@@ -117,6 +117,8 @@ def plot_curves(
             axes.set_xscale("log")
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
+        elif not x_log:
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if mark:
             axes.annotate(
                 mark[2],

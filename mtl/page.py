@@ -20,6 +20,20 @@ from mtl.schema import MODEL_VERSION
 from mtl.status import DELAY
 
 _SHOWN = 4  # versions, the newest
+_CALLED = {  # where a figure's name does not say what it is
+    "loss": "kind of loss",
+    "waiting": "events waiting for their input",
+    "lag_commits": "lag (commits)",
+    "lag_events": "lag (events)",
+    "lag_seconds": "lag (seconds)",
+    "mean_loss": "mean loss of an event",
+    "mae": "mean absolute error (label units)",
+    "standardized_error": "mean of (error / std)²: 1 is right",
+    "coverage90": "labels in the 90% interval: 0.9 is right",
+    "bias": "mean of prediction − label (label units)",
+    "input_drift": "drift of inputs against training (std)",
+    "weight_distance": "mean of (w − m)² / S: about 1 at most",
+}
 
 
 def page(told: Mapping[str, Any], progress: pd.DataFrame) -> str:
@@ -38,9 +52,9 @@ def page(told: Mapping[str, Any], progress: pd.DataFrame) -> str:
         parts.append("<h2>Progressive validation</h2><p>Every event is predicted before it is learnt from.</p>")
         parts += [_image(plot) for plot in _validation(of)]
         parts.append(
-            "<h2>Cold start</h2><p>The same events, by how many their user had before: predicted by the model, as "
+            "<h2>Cold start</h2><p>The same events, by how many their user had before: predicted by the model, as for "
         )
-        parts.append("for the average user, and from the user's own events alone (ridge of mean zero).</p>")
+        parts.append("the average user, and from the user's own events about a mean of zero (a ridge).</p>")
         parts += _cold(told)
         parts.append("<h2>Keeping up</h2>")
         parts += [_image(plot) for plot in _keeping_up(of)]
@@ -69,7 +83,7 @@ def _validation(of: Mapping[str, pd.DataFrame]) -> list[Plot]:
             curves[name] = Curve(events[some].tolist(), mean[some].tolist())
         return curves
 
-    applied = "events applied"
+    applied = "events that the version has applied"
     return [
         Plot(by_batch(schema.LOSS), "Loss by batch: lower is better", applied, "mean loss of an event"),
         Plot(by_batch(schema.STANDARDIZED), "Calibration: 1 is right", applied, "mean of (error / std)²"),
@@ -144,7 +158,8 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
     shown = versions[-_SHOWN:]
     names = [name for name in dict.fromkeys(name for row in shown for name in row) if name != "version"]
     rows = [
-        {"": name.replace("_", " "), **{f"version {row['version']}": row.get(name) for row in shown}} for name in names
+        {"": _CALLED.get(name, name.replace("_", " ")), **{f"version {row['version']}": row.get(name) for row in shown}}
+        for name in names
     ]
     return _table(rows)
 

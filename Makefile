@@ -42,6 +42,10 @@ bench: setup ## how long retraining, ingesting, updating and recommending take
 faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (an hour or more)
 	@FAULTS=long $(PY) -m pytest tests/faults $(TEST_ARGS)
 
+figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester)
+	@$(PY) tests/bench/figure1.py --out figures
+	@$(PY) tests/bench/figure2.py --out figures $(if $(MTL_DATA),--data $(MTL_DATA))
+
 package: setup ## the wheel and its zip into dist/; with ENV=1 the environment archive too
 	@ENV=$(ENV) bash .ci/package
 

@@ -50,7 +50,8 @@ random = np.random.default_rng(0)
 n, mood = 150, np.array(["calm", "wild", "sad"])
 songs = pd.DataFrame({"input_id": [f"s{i}" for i in range(n)], "tempo": random.uniform(60, 180, n)})
 songs["mood"] = mood[random.integers(3, size=n)]
-songs["title"] = ["night " * (i % 2) + "song of the " + m for i, m in enumerate(songs["mood"])]
+words = np.array(["river", "stone", "winter", "garden", "silver", "harbour", "letter", "window", "mountain", "lantern"])
+songs["title"] = [" ".join(random.permutation(words)[:3]) + " at night" * (i % 2) for i in range(n)]
 shape = np.column_stack([np.sin(songs["tempo"] / 15), (songs["mood"] == "wild") * 1.0, np.arange(n) % 2])
 taste = random.normal(size=(80, 3))
 user, song = random.integers(80, size=4000), random.integers(n, size=4000)
@@ -67,6 +68,8 @@ songs.to_parquet(here / "songs.parquet")
 
 from mtl.evaluate import evaluate
 
+spark = notebook.session(notebook.settings("unused"), "own oracle")
+spark.addArtifacts(str(here / "nearest.py"), pyfile=True)  # tasks evaluate it, too
 oracles = {
     "linear": [],
     "trees": [
@@ -79,7 +82,7 @@ oracles = {
 errors = {}
 for name, assignments in oracles.items():
     settings = notebook.settings(here / "tables" / name.replace(" ", "_"), "model.k=3", *assignments)
-    tables = Tables(notebook.session(settings, "own oracle"), settings.tables.root)
+    tables = Tables(spark, settings.tables.root)
     ingest_files(tables, settings, str(here / "known.parquet"), str(here / "songs.parquet"))
     trained = retrain(tables, settings)
     errors[name] = evaluate(tables, settings, str(here / "new.parquet"))["rmse"]
@@ -88,7 +91,8 @@ for name, assignments in oracles.items():
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC Error on songs that nobody had heard, by oracle. The title (text) is there for all three, as character trigrams.
+# MAGIC Error on songs that nobody had heard, by oracle. The title is text, which all three see as dimensions made of its
+# MAGIC character trigrams.
 
 # COMMAND ----------
 

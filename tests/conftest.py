@@ -14,7 +14,7 @@ from mtl.session import open_session
 from mtl.tables import Tables
 
 # How long an example takes says more of the machine than of the code.
-hypothesis.settings.register_profile("no deadline")
+hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 

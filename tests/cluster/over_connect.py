@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.parquet as pq
+
 
 def main(url: str, folder: str) -> dict[str, Any]:
     os.environ["SPARK_REMOTE"] = url
@@ -40,9 +42,11 @@ def main(url: str, folder: str) -> dict[str, Any]:
 
     model = attempt("fit", lambda: estimator().fit(ratings))
     if model:
-        attempt("transform", lambda: model.transform(ratings).toPandas().to_parquet(f"{folder}/predictions.parquet"))
+        scored = attempt("transform", lambda: model.transform(ratings).toArrow())
+        pq.write_table(scored, f"{folder}/predictions.parquet")
         attempt("recommend", lambda: model.recommendForAllUsers(3).collect())
-        attempt("save", lambda: model.write().overwrite().save(f"{folder}/model"))
+        attempt("save", lambda: model.save(f"{folder}/model"))
+        attempt("overwrite", lambda: model.write().overwrite().save(f"{folder}/model"))
         attempt("load", lambda: OracleMTLModel.load(f"{folder}/model").transform(ratings).collect())
     attempt("fit distributed", lambda: estimator(**{"train.reduction": "distributed"}).fit(ratings))
     attempt("fit trees", lambda: estimator(**TREES).fit(ratings))

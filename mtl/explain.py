@@ -46,13 +46,15 @@ class Past:
         """The state at ``at``, in UTC.
 
         Raises:
-            StateError: no model version was live then.
+            StateError: no model version was live then, or the logs do not reach back so far.
         """
         versions = {table: tables.version_at(table, at) for table in _READ}
         found = {table: version for table, version in versions.items() if version is not None}
         if schema.MODELS in found:
             models = tables.read(schema.MODELS, found[schema.MODELS])
             rows = models.where(F.col(schema.STATUS) == schema.LIVE).collect()
+            if rows and (gone := {schema.FEATURES, schema.USERS} - found.keys()):
+                raise StateError(_vacuumed(at) + f": the log of {', '.join(sorted(gone))} begins later")
             if rows:
                 return cls(tables, at, found, model_of(rows[0].asDict()))
         raise StateError(f"no model version was live at {at.isoformat()} (tables.root = {tables.root})")
@@ -140,9 +142,12 @@ def _as_long_as_kept(at: datetime) -> Iterator[None]:
         if not any(sign in str(error) for sign in _GONE):
             raise
         raise StateError(
-            f"what the tables held at {at.isoformat()} has been vacuumed: a prediction can be rebuilt as long as old files "
-            "are kept (delta.deletedFileRetentionDuration)"
+            f"{_vacuumed(at)}: a prediction can be rebuilt as long as old files are kept (delta.deletedFileRetentionDuration)"
         ) from error
+
+
+def _vacuumed(at: datetime) -> str:
+    return f"what the tables held at {at.isoformat()} has been vacuumed"
 
 
 def _weights(past: Past, state: pa.Table, user: str) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,19 @@ def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables)
 def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> None:  # noqa: F811
     with pytest.raises(StateError, match="no model version was live at 2020"):
         explain(live, "u1", "x1", datetime(2020, 1, 1, tzinfo=timezone.utc))
+    nowhere = Tables(live.spark, f"{live.root}/nowhere")
+    with pytest.raises(StateError, match="no model version was live"):
+        explain(nowhere, "u1", "x1", datetime.now(timezone.utc))
+    assert not Path(nowhere.root).exists()
+
+
+def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    real = Tables.version_at
+    monkeypatch.setattr(
+        Tables, "version_at", lambda self, table, at: None if table == schema.USERS else real(self, table, at)
+    )
+    with pytest.raises(StateError, match="the log of users begins later"):
+        explain(live, "u1", "x1", datetime.now(timezone.utc))
 
 
 def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

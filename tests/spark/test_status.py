@@ -82,6 +82,17 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
     assert curve.to_dict("records") == told["cold_start"]
     assert curve["n"].sum() == 80
     assert np.average(curve["loss"], weights=curve["n"]) == pytest.approx(version["mean_loss"])
+    # The table by SQL, as the README has it.
+    hours = live.spark.sql(
+        f"""
+        SELECT model_version, date_trunc('HOUR', created_at) AS hour, sum(n_events) AS events,
+               sum(loss) / sum(validated) AS mean_loss, sum(standardized) / sum(validated) AS calibration,
+               sum(covered) / sum(validated) AS coverage90
+        FROM {live.name(schema.PROGRESS)} GROUP BY ALL ORDER BY ALL
+        """
+    ).collect()
+    assert sum(row["events"] for row in hours) == 80
+    assert sum(row["events"] * row["mean_loss"] for row in hours) == pytest.approx(80 * version["mean_loss"])
     # The second batch's commit was there before the job began.
     assert progress[DELAY].isna().tolist() == [True, False]
     assert 0 < progress[DELAY].iloc[1] < 3600

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pyspark.sql.streaming import StreamingQueryListener
 
+from mtl import models
 from mtl.backlog import lag, waiting
 from mtl.batches import ingested
 from mtl.drift import Seen, weight_distance
@@ -107,11 +108,12 @@ class Watch(Collector):
 
     def _of_fleet(self, fleet: Fleet) -> Samples:
         samples: Samples = []
+        candidates = self._now_and_then("candidates", 0, _TABLES_EVERY, lambda: models.candidates(fleet.tables))
         for version, stream in fleet.streams.items():
             own = {"version": str(version)}
             samples += [(name, own, value) for name, value in self._of_stream(stream).items()]
             samples.append(("live", own, float(version == fleet.live)))
-            samples.append(("candidate", own, float(version > (fleet.live or 0))))
+            samples.append(("candidate", own, float(version in candidates and version != fleet.live)))
             seconds = {**stream.updater.seconds, **self.listener.seconds.get(stream.name, {})}
             samples += [("batch_seconds", {**own, "phase": phase}, value) for phase, value in seconds.items()]
         for version, compared in fleet.comparisons.items():

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resources_of
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from mtl.errors import ConfigError
 
@@ -190,6 +191,23 @@ class ServeSettings(_Section):
     segment_mb: float = Field(gt=0)
     remember_hours: float = Field(gt=0)
     rescore: str
+    feature_cache_mb: int = Field(ge=0)
+    prediction_cache_mb: int = Field(ge=0)
+    classes: Literal["exact", "rounded", "hashed", "clustered"]
+    coarseness: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
+    deadline_ms: list[Annotated[float, Field(gt=0, le=60_000)]] = Field(min_length=1)
+    objective_ms: float = Field(ge=0, allow_inf_nan=False)
+    explore: Literal["greedy", "linucb", "thompson"]
+    explore_epsilon: float = Field(ge=0, le=1)
+    explore_alpha: float = Field(ge=0, allow_inf_nan=False)
+    explore_draws: int = Field(ge=1, le=10_000)
+
+    @field_validator("deadline_ms")
+    @classmethod
+    def _falls(cls, values: list[float]) -> list[float]:
+        if any(b >= a for a, b in pairwise(values)):
+            raise ValueError("each deadline is to be shorter than the one before")
+        return values
 
 
 class EvaluateSettings(_Section):

@@ -20,7 +20,8 @@ Sums could also be downdated: A − c M_x is the rank-one form. But what is left
 forgets has to have its reference time moved back and its sums magnified, other losses need the replay, and to find the events
 of a user costs the same pass over ``events``. So users are always computed anew, which is exact by construction.
 
-Not to be run beside a stream or a retraining: the caller holds what keeps other writers of ``users`` away.
+The locks of all streams are held meanwhile (:mod:`mtl.lock`), so that nobody else writes users. A retraining that reads
+events before step 2 and publishes after it brings them back: the audit then says so, and the erasure is asked for again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -52,10 +54,9 @@ from mtl.models import load_model, versions
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, text_id, typed_events
 from mtl.read import match, open_file, quoted
 from mtl.rebuild import applied, at_once, rebuilt
-from mtl.replay import ERASURE
 from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, REASON, SOURCE, USER_ID
+from mtl.stream import Stream
 from mtl.tables import Tables
-from mtl.update import update
 from mtl.users import WRITTEN
 
 log = logging.getLogger("mtl")
@@ -80,7 +81,7 @@ class Erasure:
 
     @property
     def metadata(self) -> str:
-        return ERASURE + self.id
+        return schema.ERASURE + self.id
 
     def frame(self, tables: Tables) -> DataFrame:
         return tables.spark.createDataFrame([(i,) for i in self.ids], f"{self.key} string")
@@ -108,6 +109,7 @@ def erase(
 
     Raises:
         InputError: nothing is asked for, two things at once, or the file is no list of ids or of valid, known events.
+        StateError: another process updates a model version.
         ReplayError: the stream of a model version cannot be run to its end; its message says how to recover.
     """
     asked = [what for what in (users, events, file, correct) if what]
@@ -132,7 +134,6 @@ def erase(
             return {**report, "finished": done}
     if not request.ids:
         return {"erasure_id": None, "asked": 0, "finished": done}
-    _plan(tables, request)
     return {**_finish(tables, settings, request), "finished": done}
 
 
@@ -192,31 +193,39 @@ def _plan(tables: Tables, erasure: Erasure) -> None:
 
 
 def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, Any]:
-    """Steps 2 to 7 of a planned erasure, those that were done before included."""
+    """All steps of an erasure, those that were done before included."""
     ids = erasure.frame(tables)
-    _remove_events(tables, erasure, ids)
-    _remove_refused(tables, erasure, ids)
-    events, refused = (_removed(tables, table, erasure) for table in (schema.EVENTS, schema.QUARANTINE))
-    events, refused = events.join(ids, erasure.key, "left_semi"), _mentioning(refused, ids, erasure.key)
-    _account(tables, erasure, events, refused)
-    affected = events.select(USER_ID).distinct()
-    if erasure.key == USER_ID:
-        affected = affected.unionAll(ids).distinct()
-    models = [
-        load_model(tables, row[0]) for row in versions(tables).select(MODEL_VERSION).orderBy(MODEL_VERSION).collect()
-    ]
-    for model in models:
-        update(tables, settings, available_now=True, version=model.version)
-    refits = [model.version for model in models if _recompute(tables, erasure, model, affected)]
-    for model in models:
-        _unlearn(tables, model, events.select(INPUT_ID).distinct())
-    _remove_rest(tables, erasure, ids)
+    with ExitStack() as held:  # nobody else writes users meanwhile
+        streams = []
+        for (version,) in sorted(versions(tables).select(MODEL_VERSION).collect()):
+            streams.append(Stream(tables, settings, load_model(tables, version)))
+            held.callback(streams[-1].close)  # also where the next one's lock is refused
+        _plan(tables, erasure)
+        _remove_events(tables, erasure, ids)
+        _remove_refused(tables, erasure, ids)
+        events, refused = (_removed(tables, table, erasure) for table in (schema.EVENTS, schema.QUARANTINE))
+        events, refused = events.join(ids, erasure.key, "left_semi"), _mentioning(refused, ids, erasure.key)
+        _account(tables, erasure, events, refused)
+        affected = events.select(USER_ID).distinct()
+        if erasure.key == USER_ID:
+            affected = affected.unionAll(ids).distinct()
+        _drain(streams)
+        models = [stream.model for stream in streams]
+        refits = [model.version for model in models if _recompute(tables, erasure, model, affected)]
+        for model in models:
+            _unlearn(tables, model, events.select(INPUT_ID).distinct())
+        _remove_rest(tables, erasure, ids)
     report = _report(tables, erasure, models, events, refused, refits)
     if erasure.corrections:
         where = json.loads(erasure.corrections)
         report["corrected"] = ingest_events(tables, settings, where["path"], where["columns"]).accepted
     _close(tables, erasure, report)
     return report
+
+
+def _drain(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.drain()
 
 
 def _remove_events(tables: Tables, erasure: Erasure, ids: DataFrame) -> None:
@@ -296,7 +305,8 @@ def _recompute(tables: Tables, erasure: Erasure, model: Model, affected: DataFra
         )
         application = f"{ERASE}-v{model.version}-{erasure.id}"
         _record(tables, erasure, [{schema.APPLICATION_ID: application, schema.ACCEPTED: left - held}], application)
-        _replace(tables, model, affected.join(rows, USER_ID, "left"))
+        with tables.marked(erasure.metadata):
+            _replace(tables, model, affected.join(rows, USER_ID, "left"))
         rows.unpersist()
     finally:
         affected.unpersist()

@@ -7,7 +7,7 @@ here, and it is no less than what derived ids are themselves.
 The keys are in an :class:`mtl.idset.IdSet` beside the stream's checkpoint, marked with the table and the version that
 they are of. It is a cache and never the truth: what others committed since is read from the files that they added, a
 set that is missing, damaged or of another table is built anew, and a crash before a batch's own keys are added is
-healed the same way.
+healed the same way. After an erasure the set is built anew, for a key of it may be of an event that is gone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class KnownEvents:
             self.version = version
             return
         files = self._files(version)
+        if self.ids.mark and self.tables.erased_since(EVENTS, mark["version"]):
+            self.ids.clear()
         if self.ids.mark:
             try:
                 files -= self._files(mark["version"])

@@ -29,7 +29,6 @@ _NOT_YET = -1  # the turn of events that are not applied
 
 _NAME, _LATE = "_mtl_file", "_mtl_late"
 
-ERASURE = "erase "  # begins the metadata of commits by which events are erased
 # Operations of commits that add no events.
 _NO_EVENTS = {"OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END"}
 
@@ -82,8 +81,8 @@ def snapshot(tables: Tables, commit: int) -> tuple[DataFrame, Callable[[DataFram
     since = tables.version(schema.EVENTS) - commit
     history = tables.delta(schema.EVENTS).history(since) if since else tables.delta(schema.EVENTS).history(1).limit(0)
     later = [(row["operation"], row["userMetadata"] or "") for row in history.collect()]
-    erasures = [operation for operation, metadata in later if metadata.startswith(ERASURE)]
-    if all(operation in _NO_EVENTS for operation, metadata in later if not metadata.startswith(ERASURE)):
+    erasures = [operation for operation, metadata in later if metadata.startswith(schema.ERASURE)]
+    if all(operation in _NO_EVENTS for operation, metadata in later if not metadata.startswith(schema.ERASURE)):
         return tables.read(schema.EVENTS), lambda events: events
     if not erasures:
         return tables.read(schema.EVENTS, commit), lambda events: events

@@ -115,6 +115,7 @@ SEEN_RIDGE = "seen_ridge"  # and from the user's own events about a prior of mea
 PHI_SUM = "phi_sum"
 PHI_SQUARES = "phi_squares"
 # Erasures
+ERASURE = "erase "  # begins the metadata of the commits that take rows away for an erasure
 ERASURE_ID = "erasure_id"
 KEY = "key"  # the column that the ids are of: user_id or event_id
 IDS = "ids"  # what is to be erased; emptied when it is

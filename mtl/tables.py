@@ -140,21 +140,36 @@ class Tables:
         append_only = schema.PROPERTIES[table].get(_APPEND_ONLY) == "true"
         if append_only:
             self._set_append_only(table, False)
-        self.spark.conf.set(_METADATA, metadata)
         try:
-            with self.once(application, 0):
+            with self.marked(metadata), self.once(application, 0):
                 same = f"stored.`{key}` = erased.`{key}`"
                 merge = self.delta(table).alias("stored").merge(keys.alias("erased"), same)
                 merge.whenMatchedDelete().execute()
         finally:
-            self.spark.conf.unset(_METADATA)
             if append_only:
                 self._set_append_only(table, True)
+
+    @contextmanager
+    def marked(self, metadata: str) -> Iterator[None]:
+        """Commits inside bear ``metadata``."""
+        self.spark.conf.set(_METADATA, metadata)
+        try:
+            yield
+        finally:
+            self.spark.conf.unset(_METADATA)
 
     def commits_with(self, table: str, metadata: str) -> list[int]:
         """The versions of the table that were committed with ``metadata``."""
         history = self.delta(table).history().where(F.col("userMetadata") == metadata)
         return [row["version"] for row in history.select("version").collect()]
+
+    def erased_since(self, table: str, commit: int) -> bool:
+        """Whether a later commit than this one took rows away for an erasure."""
+        later = self.version(table) - commit
+        if later <= 0:
+            return False
+        history = self.delta(table).history(later)
+        return not history.where(F.col("userMetadata").startswith(schema.ERASURE)).isEmpty()
 
     def purge(self, table: str) -> None:
         """Rewrite files with rows that are only marked as deleted, so that VACUUM can remove them."""

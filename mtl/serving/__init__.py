@@ -2,12 +2,15 @@
 
     tables ── source ──► refresh ──► store ──┐
                             │                ├──► view ──► service ──► http
-              takeover, coverage             │      (scorer)   (api, requests, openapi, metrics)
-                            ▼                │                    │
-                         overlay ────────────┘◄── observer ◄──────┘
-                                                     ▼
-                                               observations, a log that jobs/ingest.py reads
+              takeover, coverage             │      │        │  (api, requests, openapi, metrics, gauges)
+                            ▼                │      │        ├── inspection, neighbours
+                         overlay ────────────┘◄─────│── observer ◄── choices (bandit)
+                                                    │        ▼
+              evaluator (functions, anytime, ───────┘   observations: logs that jobs/ingest.py and
+              executor, classes, cache)                 jobs/offpolicy.py (decisions, offpolicy) read
 
-``server`` has the processes: a supervisor, workers (all that is right of store and overlay), and a refresher (the rest, with
-``housekeeping`` as its loop). ``records`` has the bytes of users, ``wire`` how answers leave.
+``scorer`` has the sums. ``evaluator`` makes features of inputs that are given by attributes, cached and in time; ``admission``
+holds a latency objective by what ``load`` decides. ``server`` has the processes: a supervisor, workers (all that is right of
+store and overlay), and a refresher (the rest, with ``housekeeping`` as its loop). ``records`` has the bytes of users, ``wire``
+how answers leave.
 """

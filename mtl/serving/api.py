@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,10 +32,13 @@ class PredictRequest(msgspec.Struct, forbid_unknown_fields=True):
     deadline_ms: float | None = None
 
 
-class Score(msgspec.Struct):
+class Score(msgspec.Struct, omit_defaults=True):
     input: str | int | Attributes
     score: float
     std: float
+    # Of a coarse answer: how far the score may be from that of any member of the input's class that was measured; null where none
+    # was.
+    bound: float | None = None
 
 
 class Stamp(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -85,6 +88,29 @@ class FeedbackRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 class FeedbackAnswer(msgspec.Struct):
     decision_id: str
+
+
+class ChooseRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """One of several inputs for a user, drawn by a policy: serve.explore, where none is named."""
+
+    user: str | int
+    inputs: list[str | int | Attributes]
+    explore: Literal["greedy", "linucb", "thompson"] | None = None
+    user_attributes: Attributes | None = None
+    deadline_ms: float | None = None
+
+
+class ChooseAnswer(Stamp, kw_only=True, omit_defaults=True):
+    input: str | int | Attributes
+    place: int  # among the inputs
+    propensity: float  # the chance that it had
+    decision_id: str  # by which its reward is told (/v1/feedback)
+    explore: str
+    score: float
+    std: float
+    user_known: bool = True
+    unknown_inputs: list[str | int] = []
+    incomplete_inputs: list[int] = []
 
 
 class TopRequest(msgspec.Struct, forbid_unknown_fields=True):

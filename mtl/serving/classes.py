@@ -11,7 +11,9 @@ were evaluated once (:class:`Extents`), the box of their coordinates, low ≤ c 
     Σ min(v_i low_i, v_i high_i) ≤ v·c(x) ≤ Σ max(v_i low_i, v_i high_i)        |v·(c(x) − m)| ≤ ‖v/s‖ R
 
 Both hold, so h(x) lies in the intersection [h₋, h₊], and |h(x) − h(r)| ≤ max(h₊ − h(r), h(r) − h₋), whichever r is. The bound
-is on h at the user's mean weights; a response σ that rises in h carries [h₋, h₊] over to predictions.
+is on h at the user's mean weights. Predictions that are no more than h depend on its variance too, which among inputs evaluated
+in full differs by φᵀΣφ alone, Σ the covariance of w; ‖Σ^½φ‖ is that of m within √(Σ_i≥1 Σ_ii/s_i²)·R. A response σ that is
+monotone in either has its extremes in the corners of the two intervals.
 
 **An input that was not measured** has no such certainty, for its features are what nobody evaluated. If it is exchangeable with
 the n measured members, h(x) is beyond all of theirs, and so possibly outside [h₋, h₊], with a chance of at most 2/(n+1) for any
@@ -22,11 +24,12 @@ chance). :meth:`Extents.chance` is that number: 1 for a class that was never mea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from mtl.features import Features
@@ -38,6 +41,11 @@ _DIGEST = 16  # bytes: two of 10¹² inputs meet with a chance of 10⁻¹⁵
 class ClassFunction(Protocol):
     def __call__(self, attributes: Array) -> list[bytes]:
         """Keys of the classes of encoded attributes (n, p), of 16 bytes each."""
+
+
+def of_attributes(attributes: Mapping[str, Any]) -> bytes:
+    """The key of the exact class by attributes as they came: nothing need be encoded to find what is cached."""
+    return hashlib.blake2b(msgspec.msgpack.encode(attributes, order="sorted"), digest_size=_DIGEST).digest()
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,20 @@ class Extents:
         """The most by which h of a measured member can differ from that of the representative, h (n,): (n,)."""
         low, high = self.range(keys, w)
         return np.maximum(high - h, h - low)
+
+    def spread(self, keys: Sequence[bytes], covariance: Array) -> tuple[Array, Array]:
+        """The least and the most that φᵀΣφ of a measured member of each class can be, (n,) both; 0 and infinite where none is.
+
+        Args:
+            covariance: Σ of the user's weights, (d, d).
+        """
+        row, known = self._rows(keys)
+        centre = self.centre[row]
+        centre[:, 0] = 1.0
+        middle = np.sqrt(np.einsum("ni,ij,nj->n", centre, covariance, centre))
+        reach = np.sqrt(np.sum(np.diag(covariance)[1:] / self.scale[1:] ** 2)) * self.radius[row]
+        low, high = np.maximum(middle - reach, 0.0) ** 2, (middle + reach) ** 2
+        return np.where(known, low, 0.0), np.where(known, high, np.inf)
 
     def chance(self, keys: Sequence[bytes]) -> Array:
         """The most that the chance can be of the bound failing for an input that was not measured, (n,)."""

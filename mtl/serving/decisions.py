@@ -108,6 +108,7 @@ def read_decisions(path: str, columns: Mapping[str, str], rewards: str | None = 
         later = _read(rewards, columns)
         _require(later, rewards, DECISION_ID, REWARD)
         _require(rows, path, DECISION_ID)
+        later = later.drop_duplicates([DECISION_ID, REWARD])  # told again by a client that heard no answer
         if (twice := later[DECISION_ID].duplicated()).any():
             raise InputError(f"{rewards}: decision {later[DECISION_ID][twice].iloc[0]} has more than one reward")
         rows = rows.drop(columns=REWARD, errors="ignore").merge(later[[DECISION_ID, REWARD]], "left", DECISION_ID)
@@ -191,12 +192,16 @@ def _read(path: str, columns: Mapping[str, str]) -> pd.DataFrame:
     folder = Path(path)
     if not folder.exists():
         raise InputError(f"there is no {path}")
-    files = [folder] if folder.is_file() else sorted(f for f in folder.rglob("*") if f.suffix in _FORMATS)
+    # As Spark does, files that begin with a dot are passed over: they are still being written.
+    found = (f for f in folder.rglob("*") if f.suffix in _FORMATS and not f.name.startswith("."))
+    files = [folder] if folder.is_file() else sorted(found)
     suffixes = {file.suffix for file in files}
     if len(suffixes) != 1 or (suffix := suffixes.pop()) not in _FORMATS:
         raise InputError(f"{path}: one file, or a folder of files of one kind, is wanted: {', '.join(_FORMATS)}")
     try:
-        rows = ds.dataset([str(file) for file in files], format=_FORMATS[suffix]).to_table().to_pandas()
+        parts = [ds.dataset(str(file), format=_FORMATS[suffix]).to_table() for file in files]
+        # A column may be null all through one file, or not there.
+        rows = pa.concat_tables(parts, promote_options="permissive").to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     theirs = {theirs: ours for ours, theirs in columns.items() if theirs in rows.columns}

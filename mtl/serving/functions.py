@@ -1,8 +1,8 @@
 """A model's functions of an input's attributes as the steps of an anytime evaluation.
 
-The first step encodes the attributes, and reveals nothing. Functions that an oracle fitted are a step each; one that is a sum of
-fits (:class:`mtl.regressors.Stages`) is two, the first half of the sum being a stage that says what the whole may be. What is
-linear in the encoding costs next to nothing once that is there, and is one step.
+All of them take the encoding of the attributes. Functions that an oracle fitted are a step each; one that is a sum of fits
+(:class:`mtl.regressors.Stages`) is two, the first half of the sum being a stage that says what the whole may be. What is linear
+in the encoding costs next to nothing, and is one step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mtl.basis import OracleBasis
 from mtl.forms import Given, PartlyGiven
@@ -20,30 +19,26 @@ from mtl.gaussian import Array
 from mtl.model import Model
 from mtl.prior import VectorPrior, Wrapped
 from mtl.regressors import Regressor, Stages
-from mtl.serving.anytime import Population, Step
+from mtl.serving.anytime import Step
 from mtl.serving.executor import Function
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps with what they call; a function gets attribute rows and the results of the steps that it needs."""
+    """Steps with what they call; a function gets encoded attributes (n, p) and the results of the steps that it needs."""
 
     steps: tuple[Step, ...]
     functions: tuple[Function, ...]
     m: int  # values that they reveal: d, and what stages say
 
-    def values(self, attributes: pd.DataFrame) -> Array:
+    def values(self, encoded: Array) -> Array:
         """All values of n inputs, evaluated in full, (n, m)."""
-        values, results = np.empty((len(attributes), self.m)), list[Any]()
+        values, results = np.empty((len(encoded), self.m)), list[Any]()
         for step, function in zip(self.steps, self.functions, strict=True):
-            results.append(function(attributes, tuple(results[place] for place in step.after)))
+            results.append(function(encoded, tuple(results[place] for place in step.after)))
             if step.reveals:
                 values[:, list(step.reveals)] = results[-1]
         return values
-
-    def population(self, model: Model, attributes: pd.DataFrame) -> Population:
-        """The belief of an input before any step, from inputs like it: a sample of those that are known will do."""
-        return Population.fit(self.values(attributes), model.artefact.inputs.covariance)
 
 
 def plan_of(model: Model) -> Plan:
@@ -52,42 +47,38 @@ def plan_of(model: Model) -> Plan:
     if isinstance(prior, PartlyGiven):
         given, learnt = prior.given, prior.given.learnt
         prior = _unwrapped(prior.learnt)
-    steps, functions = [Step("encode", ())], [_encode(model)]
+    steps, functions = list[Step](), list[Function]()
     if isinstance(prior, OracleBasis) and prior.functions:
         m = model.d
         for i, function in zip(learnt.tolist(), prior.functions, strict=True):
             if isinstance(function, Stages) and len(function.stages) > 1:
                 half = len(function.stages) // 2
                 first, rest = Stages(function.stages[:half]), Stages(function.stages[half:])
-                steps += [Step(f"f{i} begun", (m,), (0,)), Step(f"f{i}", (i,), (0, len(steps)))]
+                steps += [Step(f"f{i} begun", (m,)), Step(f"f{i}", (i,), (len(steps),))]
                 functions += [_predict(first), _predict(rest)]
                 m += 1
             else:
-                steps.append(Step(f"f{i}", (i,), (0,)))
+                steps.append(Step(f"f{i}", (i,)))
                 functions.append(_predict(function))
         if given is not None and given.places:
-            steps.append(Step("given", given.places, (0,)))
+            steps.append(Step("given", given.places))
             functions.append(_given(given))
         return Plan(tuple(steps), tuple(functions), m)
-    steps.append(Step("functions", tuple(range(model.d)), (0,)))
-    functions.append(lambda attributes, needed: model.artefact.inputs.mean(needed[0]))
+    steps.append(Step("functions", tuple(range(model.d))))
+    functions.append(lambda encoded, needed: model.artefact.inputs.mean(encoded))
     return Plan(tuple(steps), tuple(functions), model.d)
 
 
-def _encode(model: Model) -> Function:
-    return lambda attributes, needed: model.encoded_inputs(attributes)
-
-
 def _given(given: Given) -> Function:
-    return lambda attributes, needed: given.of(needed[0])
+    return lambda encoded, needed: given.of(encoded)
 
 
 def _predict(function: Regressor) -> Callable[[Any, tuple[Any, ...]], Array]:
-    """Of the encoding, added to what an earlier stage gave where there is one."""
+    """Added to what an earlier stage gave where there is one."""
 
-    def predict(attributes: Any, needed: tuple[Any, ...]) -> Array:
-        value = np.asarray(function.predict(needed[0]), float)[:, None]
-        return value + needed[1] if len(needed) > 1 else value
+    def predict(encoded: Any, needed: tuple[Any, ...]) -> Array:
+        value = np.asarray(function.predict(encoded), float)[:, None]
+        return value + needed[0] if needed else value
 
     return predict
 

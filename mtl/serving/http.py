@@ -19,7 +19,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mtl.serving import api, openapi
+from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
+from mtl.serving.inspection import Inspection
 from mtl.serving.metrics import Metrics
 from mtl.serving.service import Service
 
@@ -38,8 +40,9 @@ class Endpoint:
     Starlette's own request and response objects cost as much as a prediction.
     """
 
-    def __init__(self, name: str, answer: Answer, service: Service, metrics: Metrics):
+    def __init__(self, name: str, answer: Answer, service: Service, metrics: Metrics, is_probe: bool = False):
         self.answer, self.settings = answer, service.settings
+        self.admission = None if is_probe else service.admission
         self.observe = metrics.of(name)
         self.max_body = service.settings.max_body_kb * 1024
 
@@ -47,7 +50,11 @@ class Endpoint:
         started = time.perf_counter()
         status = 200
         headers: tuple[tuple[bytes, bytes], ...] = ()
+        admission = self.admission
+        is_in = admission is not None and admission.enter()
         try:
+            if admission is not None and not is_in:
+                raise _overloaded(admission)
             message = _there(receive)
             body = message.get("body", b"") if message else b""
             if message is None or message.get("more_body"):
@@ -65,7 +72,10 @@ class Endpoint:
         length = (b"content-length", str(len(content)).encode())
         await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
         await send({"type": "http.response.body", "body": content})
-        self.observe(status, time.perf_counter() - started)
+        elapsed = time.perf_counter() - started
+        if is_in and admission is not None:
+            admission.leave(elapsed)
+        self.observe(status, elapsed)
 
     async def _rest(self, body: bytes, receive: Receive) -> bytes:
         parts, size = [body], len(body)
@@ -104,8 +114,8 @@ class Authorization:
 def application(service: Service, metrics: Metrics) -> ASGIApp:
     """All routes over one service."""
 
-    def endpoint(name: str, answer: Answer) -> Endpoint:
-        return Endpoint(name, answer, service, metrics)
+    def endpoint(name: str, answer: Answer, is_probe: bool = False) -> Endpoint:
+        return Endpoint(name, answer, service, metrics, is_probe)
 
     def body(work: Callable[[bytes], Awaitable[bytes] | bytes]) -> Answer:
         return lambda content, scope: work(content)
@@ -131,20 +141,22 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     def schema(content: bytes, scope: Scope) -> bytes:
         return _OPENAPI
 
+    inspection = Inspection(service)
     routes = [
         Route("/v1/predict", endpoint("predict", body(service.predict)), methods=["POST"]),
         Route("/v1/observe", endpoint("observe", body(service.observe)), methods=["POST"]),
         Route("/v1/top", endpoint("top", top), methods=["GET", "POST"]),
         Route("/v1/predict/batch", endpoint("predict_batch", body(service.predict_batch)), methods=["POST"]),
+        Route("/v1/choose", endpoint("choose", body(service.choose)), methods=["POST"]),
         Route("/v1/feedback", endpoint("feedback", body(service.feedback)), methods=["POST"]),
-        Route("/v1/users/{id:path}", endpoint("user", named(service.user)), methods=["GET"]),
-        Route("/v1/inputs/{id:path}", endpoint("input", named(service.input)), methods=["GET"]),
-        Route("/v1/similar", endpoint("similar", query(service.similar)), methods=["GET"]),
-        Route("/v1/popular", endpoint("popular", query(service.popular)), methods=["GET"]),
-        Route("/v1/models", endpoint("models", query(service.models)), methods=["GET"]),
-        Route("/healthz", endpoint("healthz", health), methods=["GET", "POST"]),
-        Route("/readyz", endpoint("readyz", ready), methods=["GET"]),
-        Route("/openapi.json", endpoint("openapi", schema), methods=["GET"]),
+        Route("/v1/users/{id:path}", endpoint("user", named(inspection.user)), methods=["GET"]),
+        Route("/v1/inputs/{id:path}", endpoint("input", named(inspection.input)), methods=["GET"]),
+        Route("/v1/similar", endpoint("similar", query(inspection.similar)), methods=["GET"]),
+        Route("/v1/popular", endpoint("popular", query(inspection.popular)), methods=["GET"]),
+        Route("/v1/models", endpoint("models", query(inspection.models)), methods=["GET"]),
+        Route("/healthz", endpoint("healthz", health, is_probe=True), methods=["GET", "POST"]),
+        Route("/readyz", endpoint("readyz", ready, is_probe=True), methods=["GET"]),
+        Route("/openapi.json", endpoint("openapi", schema, is_probe=True), methods=["GET"]),
         Route("/metrics", lambda request: Response(metrics.text(), media_type=metrics.media_type)),
         Route("/docs", lambda request: Response(openapi.page(), media_type="text/html")),
     ]
@@ -171,6 +183,12 @@ def _query(scope: Scope) -> dict[str, str]:
 
 def _too_large(limit: int) -> Problem:
     return Problem(413, "too_large", f"the body is larger than {limit // 1024} KB (serve.max_body_kb)")
+
+
+def _overloaded(admission: Admission) -> Problem:
+    seconds = admission.retry_after()
+    told = f"too many requests for the objective (serve.objective_ms): come back in {seconds} s"
+    return Problem(503, "overloaded", told, ((b"retry-after", str(seconds).encode()),))
 
 
 def _http_error(request: Request, error: Any) -> Response:

@@ -149,7 +149,9 @@ class Controller:
         last = len(self.rungs) - 1
         by = 1 + int(math.log2(min(max(coming_ms / self.objective_ms, 1.0), 2.0**last)))
         rung = min(state.rung + by, last)
-        too_many = [min(rate, arrivals) if i <= state.rung else rate for i, rate in enumerate(state.too_many)]
+        # On the last rung the counts may be of load that has ended, and the arrivals of now say nothing of the better ones.
+        known = state.rung if rung > state.rung else -1
+        too_many = [min(rate, arrivals) if i <= known else rate for i, rate in enumerate(state.too_many)]
         return replace(
             state,
             rung=rung,

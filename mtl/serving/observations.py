@@ -43,6 +43,22 @@ class Feedback(msgspec.Struct, frozen=True):
     event_time: str
 
 
+class Choice(msgspec.Struct, frozen=True):
+    """A decision, a line of the log of decisions."""
+
+    decision_id: str
+    user_id: str
+    input_id: str  # of one given by attributes, their digest
+    propensity: float
+    policy: str
+    greedy: float  # chance of it under the policy that takes the best mean
+    uniform: float  # and under that which takes any
+    candidates: int
+    predicted_label: float
+    model_version: int
+    event_time: str
+
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Event).decode
 

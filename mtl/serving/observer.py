@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtl.serving.observations import Event, Feedback, ObservationLog, parse, recover
+from mtl.serving.observations import Choice, Event, Feedback, ObservationLog, parse, recover
 from mtl.serving.overlay import Overlay
 
 log = logging.getLogger("mtl")
@@ -21,15 +21,17 @@ class Observer:
     Args:
         folder: of the log of observations.
         feedback: of the log of rewards.
+        decisions: of the log of decisions.
         segment_seconds, segment_bytes: when a segment is handed over to ingest.
     """
 
     overlay: Overlay
     folder: Path
     feedback: Path
+    decisions: Path
     segment_seconds: float
     segment_bytes: float
-    _waiting: list[tuple[Event | Feedback, bool, asyncio.Future[bool]]] = field(default_factory=list)
+    _waiting: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]] = field(default_factory=list)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _stopped: bool = False
 
@@ -37,10 +39,11 @@ class Observer:
         """Recover what workers that died left, then wait for observations."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = recover(self.folder, lambda lines: self.overlay.insert([(event, True) for event in parse(lines)]))
-        found += recover(self.feedback, lambda lines: None)
+        found += sum(recover(folder, lambda lines: None) for folder in (self.feedback, self.decisions))
         if found:
             log.info("serve: recovered %d segments of the log", found)
         self._events, self._rewards = ObservationLog(self.folder), ObservationLog(self.feedback)
+        self._choices = ObservationLog(self.decisions)
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
         self._thread.start()
 
@@ -51,7 +54,7 @@ class Observer:
             self._condition.notify()
         self._thread.join()
 
-    async def add(self, row: Event | Feedback, look_up: bool) -> bool:
+    async def add(self, row: Event | Feedback | Choice, look_up: bool) -> bool:
         """Whether the row is new, once it is on disk and every worker sees it.
 
         Raises:
@@ -84,11 +87,12 @@ class Observer:
             self._seal_old()
         self._events.seal()
         self._rewards.seal()
+        self._choices.seal()
 
-    def _write(self, group: list[tuple[Event | Feedback, bool, asyncio.Future[bool]]]) -> list[bool]:
-        rewards = [row for row, _, _ in group if isinstance(row, Feedback)]
-        if rewards:
-            self._rewards.append(rewards)
+    def _write(self, group: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]]) -> list[bool]:
+        for kind, segment in ((Feedback, self._rewards), (Choice, self._choices)):
+            if rows := [row for row, _, _ in group if isinstance(row, kind)]:
+                segment.append(rows)
         offered = [(row, look_up) for row, look_up, _ in group if isinstance(row, Event)]
         unknown = {row.event_id: row for row, _ in offered if not self.overlay.knows(row.event_id)}
         if unknown:
@@ -98,7 +102,7 @@ class Observer:
         return [next(new) if isinstance(row, Event) else True for row, _, _ in group]
 
     def _seal_old(self) -> None:
-        for segment in (self._events, self._rewards):
+        for segment in (self._events, self._rewards, self._choices):
             if segment.age() > self.segment_seconds or segment.size > self.segment_bytes:
                 segment.seal()
 

@@ -32,6 +32,14 @@ _ROUTES: tuple[tuple[str, str, str, type | None, type, tuple[tuple[str, dict[str
         api.ObserveAnswer,
         (),
     ),
+    (
+        "post",
+        "/v1/choose",
+        "Draw one of several inputs for a user, with the chance that it had: on disk when it answers.",
+        api.ChooseRequest,
+        api.ChooseAnswer,
+        (),
+    ),
     ("post", "/v1/feedback", "Log the reward of a decision.", api.FeedbackRequest, api.FeedbackAnswer, ()),
     ("post", "/v1/top", "The best inputs for a user, with candidates and filters.", api.TopRequest, api.TopAnswer, ()),
     (

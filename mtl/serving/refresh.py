@@ -216,7 +216,7 @@ class Refresher:
         elif covered is not None:
             self.takeover.mark(covered, 0, set())
         if USER_ATTRIBUTES in moved:
-            self._follow_user_attributes(model, before)
+            self._follow_user_attributes(model, before, covered)
         if moved:
             self.store.write_versions(**moved)
         self._clean()
@@ -244,11 +244,7 @@ class Refresher:
         try:
             files = list(self._new_files(USERS, before.get(USERS, -1), model.version))
         except _Reload:
-            log.info("serve: the users table was rewritten: reading it anew")
-            cycle = self._begin_cycle(before)
-            if covered is not None:
-                self.takeover.mark(covered, cycle, None)
-            self._load_users(model, cycle)
+            self._reload_users(model, before, covered)
             return True
         if not files:
             return False
@@ -264,10 +260,22 @@ class Refresher:
             self.store.write_users(model.version, _user_records(rows.filter(pa.array(mine)), model, cycle))
         return True
 
-    def _follow_user_attributes(self, model: Model, before: dict[str, int]) -> None:
-        cycle = before.get(_CYCLE, 0)
-        for rows in self._changed_rows(USER_ATTRIBUTES, before.get(USER_ATTRIBUTES, -1)):
-            self._describe_users(model, rows, cycle)
+    def _reload_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> None:
+        log.info("serve: users were rewritten or erased: reading all of them anew")
+        cycle = self._begin_cycle(before)
+        if covered is not None:
+            self.takeover.mark(covered, cycle, None)
+        self._load_users(model, cycle)
+
+    def _follow_user_attributes(self, model: Model, before: dict[str, int], covered: Coverage | None) -> None:
+        cycle, after = before.get(_CYCLE, 0), before.get(USER_ATTRIBUTES, -1)
+        try:
+            files = list(self._new_files(USER_ATTRIBUTES, after, None))
+        except _Reload:  # users of attributes alone may be gone
+            self._reload_users(model, before, covered)
+            return
+        for file in files:
+            self._describe_users(model, self.source.rows(USER_ATTRIBUTES, file), cycle)
 
     def _read_attributes(self, before: dict[str, int]) -> bool:
         """Attributes of inputs, for those that have no features yet and for showing."""
@@ -315,9 +323,10 @@ class Refresher:
             return False
         columns = [EVENT_ID, USER_ID, INPUT_ID, LABEL]
         waiting = self.takeover.not_landed()
+        erased = False
         try:
             for commit in self.source.commits(EVENTS, after, through):
-                tables = []
+                tables, erased = [], erased or commit.reload
                 for file in commit.files:
                     rows = self.source.rows(EVENTS, file, columns)
                     self.takeover.land(waiting, rows[EVENT_ID].to_pylist(), (commit.version, file.index))
@@ -325,7 +334,9 @@ class Refresher:
                 rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
                 self._write_events(rows, commit.version)
         except Expired:
-            log.info("serve: the log of events begins later: reading the table")
+            erased = True
+        if erased:
+            log.info("serve: events were erased, or their log begins later: reading the table")
             self.store.forget_events()
             for batch in self.source.query(EVENTS, f"select {', '.join(columns)} from t", through):
                 self._write_events(pa.table(batch), -1)

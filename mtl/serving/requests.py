@@ -20,6 +20,7 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 PREDICT = msgspec.json.Decoder(api.PredictRequest)
 BATCH = msgspec.json.Decoder(api.BatchRequest)
+CHOOSE = msgspec.json.Decoder(api.ChooseRequest)
 TOP = msgspec.json.Decoder(api.TopRequest)
 OBSERVE = msgspec.json.Decoder(api.ObserveRequest)
 FEEDBACK = msgspec.json.Decoder(api.FeedbackRequest)

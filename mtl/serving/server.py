@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 from mtl.config import ServeSettings, Settings
 from mtl.errors import ConfigError, StateError
 from mtl.serving import metrics
+from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observations import read, sealed
 from mtl.serving.observer import Observer
@@ -43,6 +44,7 @@ log = logging.getLogger("mtl")
 _BACKLOG = 2048
 _GRACE_SECONDS = 10  # for requests in hand when the server ends
 _RESTART_SECONDS = 0.5  # at least between two starts of one process
+_SWITCH_SECONDS = 0.001  # after which a thread that computes lets others in: deadlines are kept about as well
 _ROOT = "tables.txt"  # in the store: whose copy it is
 
 
@@ -54,6 +56,7 @@ class Folders:
     store: Path
     log: Path  # of observations
     feedback: Path  # the log of rewards
+    decisions: Path  # the log of decisions
 
     @classmethod
     def of(cls, settings: Settings) -> Folders:
@@ -66,7 +69,8 @@ class Folders:
             raise ConfigError("serve.store: name a local folder, for tables in an object store have none beside them")
         store = Path(serve.store or f"{root}/_serving").absolute()
         observations = Path(serve.log or store / "observations")
-        return cls(root if "://" in root else os.path.abspath(root), store, observations, store / "feedback")
+        absolute = root if "://" in root else os.path.abspath(root)
+        return cls(absolute, store, observations, store / "feedback", store / "decisions")
 
 
 def serve(settings: Settings) -> dict[str, Any]:
@@ -148,6 +152,7 @@ class Supervisor:
         process, told, since = self._processes[name]
         process.join()
         told.close()
+        metrics.forget(process.pid)
         log.error("serve: %s ended with status %s: starting it anew", name, process.exitcode)
         time.sleep(max(0.0, _RESTART_SECONDS - (time.monotonic() - since)))
         self.restarts += 1
@@ -183,11 +188,12 @@ async def _work(
     settings: ServeSettings, folders: Folders, listener: socket.socket, tell: Connection, parent: int
 ) -> None:
     store, overlay = Store(folders.store, settings.store_gb, readonly=True), Overlay(folders.store)
-    observer = Observer(overlay, folders.log, folders.feedback, settings.segment_seconds, settings.segment_mb * 2**20)
+    logs = folders.log, folders.feedback, folders.decisions
+    observer = Observer(overlay, *logs, settings.segment_seconds, settings.segment_mb * 2**20)
     observer.start()
     service = Service(store, overlay, observer, settings, rescore_of(settings))
     service.look()
-    measured = metrics.Metrics(lambda: _state(service))
+    measured = metrics.Metrics(lambda: readings(service))
     config = uvicorn.Config(
         application(service, measured),
         http=Protocol,
@@ -210,13 +216,21 @@ async def _work(
     gc.collect()
     gc.freeze()  # what was loaded stays: the collector need not visit it
     gc.set_threshold(20_000, 20, 50)
-    looking = asyncio.create_task(_keep_looking(service, tell, parent, stop))
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    going = [asyncio.create_task(_keep_looking(service, measured, tell, parent, stop))]
+    if service.admission is not None:
+        tasks = server.server_state.tasks
+        service.admission.begun = lambda: len(tasks)
+        going.append(asyncio.create_task(service.admission.run()))
     await server.serve(sockets=[listener])
-    looking.cancel()
+    for task in going:
+        task.cancel()
     await loop.run_in_executor(None, observer.stop)
 
 
-async def _keep_looking(service: Service, tell: Connection, parent: int, stop: Callable[[], None]) -> None:
+async def _keep_looking(
+    service: Service, measured: metrics.Metrics, tell: Connection, parent: int, stop: Callable[[], None]
+) -> None:
     loop, told = asyncio.get_running_loop(), False
     while os.getppid() == parent:
         if service.view is not None and not told:
@@ -226,6 +240,7 @@ async def _keep_looking(service: Service, tell: Connection, parent: int, stop: C
             await loop.run_in_executor(None, service.look)
         except Exception:
             log.exception("serve: what the store shows now cannot be opened; going on with what it showed")
+        measured.publish()
         await asyncio.sleep(MAX_VERSION_AGE)
     stop()
 
@@ -269,15 +284,6 @@ def rescore_of(settings: ServeSettings) -> Rescore | None:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"serve.rescore = {settings.rescore!r}: {error}; write package.module:function") from error
-
-
-def _state(service: Service) -> dict[str, tuple[str, float]]:
-    return {
-        "mtl_model_version": ("Model version shown, 0 for none.", service.view.version if service.view else 0),
-        "mtl_staleness_seconds": ("Since store and tables last agreed.", max(0.0, time.time() - service.checked_at)),
-        "mtl_unconfirmed_observations": ("Observations not in their users' rows yet.", service.overlay.n_pending()),
-        "mtl_inputs": ("Inputs with features.", len(service.view.rows) if service.view else 0),
-    }
 
 
 def _loop() -> dict[str, Any]:
@@ -339,5 +345,5 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
 def _said(pipe: Any) -> bool:
     try:
         return bool(pipe.recv_bytes())
-    except EOFError:
-        return False  # it died; its sentinel tells as well
+    except (EOFError, OSError):
+        return False  # it died; its sentinel tells as well, and may have been heard first

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from mtl import gaussian
 from mtl.config import ServeSettings
-from mtl.serving import api, scorer
+from mtl.serving import api, choices, scorer
+from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
-from mtl.serving.observations import Event, Feedback
+from mtl.serving.evaluator import EncodingError
+from mtl.serving.observations import Choice, Event, Feedback
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay
-from mtl.serving.records import digest
 from mtl.serving.requests import (
     BATCH,
+    CHOOSE,
     FEEDBACK,
     OBSERVE,
     PREDICT,
@@ -42,13 +44,16 @@ from mtl.serving.requests import (
 )
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
-from mtl.serving.view import EncodingError, Inputs, View, open_view
+from mtl.serving.view import Found, View, open_view
 
 log = logging.getLogger("mtl")
 
 MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
-_DEADLINE_MS = 30_000.0  # of a request that names none
+_LONGEST_MS = 60_000.0  # of a deadline
+_RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
+_EVALUATORS = 32  # threads, which wait for functions and run none
 
+Result = TypeVar("Result")
 Rescore = Callable[[str, list[str], list[float], list[float]], Sequence[float]]
 
 _encode = msgspec.json.Encoder().encode
@@ -66,12 +71,25 @@ class Service:
     view: View | None = None
     checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
     staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
-    # Of its own: feature functions that hang must not keep others from a thread.
-    _evaluators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "evaluate"), init=False)
+    admission: Admission | None = field(default=None, init=False)  # None: no objective
+    # Of its own: who waits for feature functions must not keep others from a thread.
+    _evaluators: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_EVALUATORS, "evaluate"), init=False
+    )
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if settings.objective_ms:
+            coarser = len(settings.coarseness) if settings.classes != "exact" else 0
+            self.admission = Admission(settings.objective_ms, settings.deadline_ms, coarser)
 
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
-        self.view = open_view(self.store, self.overlay, self.settings.users_cached, self.view)
+        before = self.view
+        self.view = open_view(self.store, self.overlay, self.settings, before)
+        if self.view is not None and (before is None or before.evaluator is not self.view.evaluator):
+            # A thread that nobody waits for: functions may be slow, or hang.
+            threading.Thread(target=_study, args=(self.view,), name="study", daemon=True).start()
         self.checked_at = self.overlay.status().checked_at
         self.staleness = round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
 
@@ -90,39 +108,45 @@ class Service:
         request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
             raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        ends = time.monotonic() + (request.deadline_ms or _DEADLINE_MS) / 1000
+        ends = self._ends(request.deadline_ms)
         answers = [self._at_once(one) or await self._predict(one, ends) for one in request.requests]
         return _encode(api.BatchAnswer(answers))
 
     def _at_once(self, request: api.PredictRequest) -> api.PredictAnswer | None:
         """The answer where all inputs have features."""
-        view, given = self.view or self._shown(), request.inputs
+        view, given = self.view or self.shown(), request.inputs
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
         rows = view.gather(given)
         if rows is None:
             return None
         user, user_known = self._weights(view, request.user, request.user_attributes)
-        return self._answer(view, user, user_known, given, rows)
+        return self._answer(view, user_known, given, *view.score(user, rows))
 
     async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
         """The answer where features of some inputs are to be computed."""
-        view = self._shown()
+        view = self.shown()
         user, user_known = self._weights(view, request.user, request.user_attributes)
-        found, late = await self._evaluate(view, request.inputs, request.deadline_ms, ends)
-        answer = self._answer(view, user, user_known, request.inputs, found.rows)
-        answer.incomplete_inputs = late
-        answer.unknown_inputs = [
-            one
-            for one, known in zip(request.inputs, found.known, strict=True)
-            if not known and not isinstance(one, dict)
-        ]
+        own = self._ends(request.deadline_ms)
+        ends = own if ends is None else min(ends, own)
+        inputs = [str(one) if isinstance(one, int) else one for one in request.inputs]
+        try:
+            found = await self._in_time(view.believe, inputs, user, ends, self.coarseness)
+        except asyncio.TimeoutError:
+            at_hand = view.rows_at_hand(inputs)
+            found = Found(*scorer.belief(at_hand.rows, user), at_hand.known, at_hand.incomplete)
+        scores, stds = view.respond(found.mean, found.variance)
+        answer = self._answer(view, user_known, request.inputs, scores, stds)
+        if found.bound is not None:
+            for one, bound in zip(answer.scores, found.bound.tolist(), strict=True):
+                one.bound = bound
+        answer.incomplete_inputs = found.incomplete
+        answer.unknown_inputs = _unknown(request.inputs, found.known)
         return answer
 
     def _answer(
-        self, view: View, user: Weights, user_known: bool, given: list[Any], rows: np.ndarray
+        self, view: View, user_known: bool, given: list[Any], scores: np.ndarray, stds: np.ndarray
     ) -> api.PredictAnswer:
-        scores, stds = view.score(user, rows)
         return api.PredictAnswer(
             scores=list(map(api.Score, given, scores.tolist(), stds.tolist())),
             model_version=view.version,
@@ -130,17 +154,32 @@ class Service:
             user_known=user_known,
         )
 
-    async def _evaluate(
-        self, view: View, given: Sequence[Any], deadline_ms: float | None, ends: float | None
-    ) -> tuple[Inputs, list[int]]:
-        """Features of inputs of which some are to be computed; those that did not come by the deadline (places)."""
-        limit = ends or time.monotonic() + (deadline_ms or _DEADLINE_MS) / 1000
-        inputs = [str(one) if isinstance(one, int) else one for one in given]
-        computing = asyncio.get_running_loop().run_in_executor(self._evaluators, view.rows_of, inputs)
+    @property
+    def coarseness(self) -> int:
+        """Place of the classes in force: 0 the exact ones."""
+        if self.admission is not None:
+            return self.admission.rung.coarseness
+        return int(self.settings.classes != "exact")
+
+    def _ends(self, deadline_ms: float | None) -> float:
+        """When a request's time is over, on the clock of ``time.monotonic``."""
+        wanted = self.settings.deadline_ms[0] if deadline_ms is None else min(deadline_ms, _LONGEST_MS)
+        if self.admission is not None:
+            wanted = min(wanted, self.admission.rung.deadline_ms)
+        return time.monotonic() + wanted / 1000
+
+    async def _in_time(
+        self, work: Callable[..., Result], inputs: list[Any], user: Weights, ends: float, *more: Any
+    ) -> Result:
+        """The result of work in a thread.
+
+        Raises:
+            TimeoutError: of asyncio; it is not there by the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        doing = loop.run_in_executor(self._evaluators, work, inputs, user, ends - _RESERVE, *more)
         try:
-            return await asyncio.wait_for(computing, max(0.0, limit - time.monotonic())), []
-        except asyncio.TimeoutError:
-            return view.rows_at_hand(inputs)
+            return await asyncio.wait_for(doing, max(0.0, ends - time.monotonic()))
         except EncodingError as error:
             raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
 
@@ -162,7 +201,7 @@ class Service:
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
-        view = self._shown()
+        view = self.shown()
         user, known = self._weights(view, request.user, request.user_attributes)
         work = asyncio.get_running_loop().run_in_executor
         if request.candidates is not None:
@@ -204,11 +243,52 @@ class Service:
         order = np.argsort(-scores, kind="stable")[: request.k]
         return [api.Score(ids[i], float(scores[i]), float(stds[i])) for i in order]
 
+    # Exploring.
+
+    async def choose(self, body: bytes) -> bytes:
+        """Draw one input, and answer when the decision is on disk."""
+        request = decode(CHOOSE, body)
+        given, who = request.inputs, identity_of("user", request.user)
+        if not given:
+            raise Problem(422, "no_inputs", "inputs is empty: there is nothing to choose from")
+        if len(given) > self.settings.max_inputs:
+            raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
+        view = self.shown()
+        user, user_known = self._weights(view, request.user, request.user_attributes)
+        inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self._ends(request.deadline_ms)
+        try:
+            found = await self._in_time(view.rows_by, inputs, user, ends, self.coarseness)
+        except asyncio.TimeoutError:
+            found = view.rows_at_hand(inputs)
+        policy = request.explore or self.settings.explore
+        drawn = await asyncio.get_running_loop().run_in_executor(
+            None, choices.choose, found.rows, user, policy, self.settings
+        )
+        score, std = (float(values[0]) for values in view.score(user, found.rows[[drawn.place]]))
+        row = choices.logged(drawn, who, inputs[drawn.place], view.version, score, len(inputs))
+        await self._log(row, "the decision")
+        return _encode(
+            api.ChooseAnswer(
+                input=given[drawn.place],
+                place=drawn.place,
+                propensity=drawn.propensity,
+                decision_id=row.decision_id,
+                explore=policy,
+                score=score,
+                std=std,
+                model_version=view.version,
+                staleness_s=self.staleness,
+                user_known=user_known,
+                unknown_inputs=_unknown(given, found.known),
+                incomplete_inputs=found.incomplete,
+            )
+        )
+
     # Learning.
 
     async def observe(self, body: bytes) -> bytes:
         request = decode(OBSERVE, body)
-        view = self._shown()
+        view = self.shown()
         check_event(request, view.loss)
         event = Event(
             uuid.uuid4().hex if request.event_id is None else identity_of("event_id", request.event_id),
@@ -218,10 +298,7 @@ class Service:
             request.weight,
             moment_of(request.event_time),
         )
-        try:
-            is_new = await self.observer.add(event, look_up=request.event_id is not None)
-        except OSError as error:
-            raise Problem(503, "not_written", "the observation could not be put on disk", _RETRY) from error
+        is_new = await self._log(event, "the observation", look_up=request.event_id is not None)
         return _encode(api.ObserveAnswer(event.event_id, not is_new))
 
     async def feedback(self, body: bytes) -> bytes:
@@ -233,109 +310,8 @@ class Service:
             None if request.input is None else identity_of("input", request.input),
             moment_of(request.event_time),
         )
-        try:
-            await self.observer.add(row, look_up=False)
-        except OSError as error:
-            raise Problem(503, "not_written", "the reward could not be put on disk", _RETRY) from error
+        await self._log(row, "the reward")
         return _encode(api.FeedbackAnswer(row.decision_id))
-
-    # Looking inside.
-
-    async def user(self, identity: str, query: Mapping[str, str]) -> bytes:
-        allow(query, "input")
-        view, one = self._shown(), query.get("input")
-        found = view.weights_of(identity)
-        user = found or view.unknown_weights
-        d = view.d
-        covariance = gaussian.unpack(scorer.covariance_of(user)[None], d)[0]
-        deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-        offset, features, score, std = None, [None] * d, None, None
-        if one is not None:
-            rows = view.rows_of([one]).rows
-            offset, features = float(rows[0, -1]), rows[0, :d].tolist()
-            score, std = (float(values[0]) for values in view.score(user, rows))
-        why = [
-            api.Contribution(name, float(w), float(s), phi, None if phi is None else float(w) * phi)
-            for name, w, s, phi in zip(view.basis, user.mean, deviations, features, strict=True)
-        ]
-        with self.overlay.reading() as transaction:
-            pending = len(self.overlay.pending(transaction, digest(identity)))
-        return _encode(
-            api.UserAnswer(
-                model_version=view.version,
-                staleness_s=self.staleness,
-                user=identity,
-                known=found is not None,
-                n_events=user.n_events,
-                n_unconfirmed=pending,
-                weights=user.mean.tolist(),
-                covariance=covariance.tolist(),
-                input=one,
-                offset=offset,
-                why=why,
-                score=score,
-                std=std,
-            )
-        )
-
-    async def input(self, identity: str, query: Mapping[str, str]) -> bytes:
-        allow(query)
-        view = self._shown()
-        rows, known = view.rows_of([identity])
-        d, row = view.d, rows[0]
-        spread = gaussian.unpack(row[None, : gaussian.packed_length(d)], d)[0] - np.outer(row[:d], row[:d])
-        with self.store.reading() as transaction:
-            attributes = self.store.attributes(transaction, identity)
-            n_events, total = self.store.count(transaction, identity)
-            has_features = view.row_of(identity, transaction) is not None
-        return _encode(
-            api.InputAnswer(
-                model_version=view.version,
-                staleness_s=self.staleness,
-                input=identity,
-                known=known[0],
-                has_features=has_features,
-                offset=float(row[-1]),
-                offset_std=float(np.sqrt(max(row[-2], 0.0))),
-                features=row[:d].tolist(),
-                features_std=np.sqrt(np.maximum(np.diag(spread), 0.0)).tolist(),
-                attributes=attributes,
-                n_events=n_events,
-                mean_label=total / n_events if n_events else None,
-            )
-        )
-
-    async def similar(self, query: Mapping[str, str]) -> bytes:
-        allow(query, "input", "k")
-        view, one = self._shown(), text_of(query, "input")
-        near = await asyncio.get_running_loop().run_in_executor(
-            None, view.near_inputs, one, k_of(query, self.settings.max_k)
-        )
-        if near is None:
-            raise Problem(404, "unknown_input", f"input {one!r} has neither features nor attributes")
-        return _encode(
-            api.SimilarAnswer(
-                model_version=view.version,
-                staleness_s=self.staleness,
-                of=one,
-                near=[api.Near(identity, distance) for identity, distance in near],
-            )
-        )
-
-    async def popular(self, query: Mapping[str, str]) -> bytes:
-        allow(query, "k")
-        view, k = self._shown(), k_of(query, self.settings.max_k)
-        with self.store.reading() as transaction:
-            most = self.store.popular(transaction)[:k]
-        inputs = [api.PopularInput(one.input, one.n_events, one.mean_label) for one in most]
-        return _encode(api.PopularAnswer(model_version=view.version, staleness_s=self.staleness, inputs=inputs))
-
-    async def models(self, query: Mapping[str, str]) -> bytes:
-        allow(query)
-        view = self._shown()
-        with self.store.reading() as transaction:
-            models = self.store.model_list(transaction)
-        return _encode(api.ModelsAnswer(view.version, models))
 
     def ready(self) -> api.ReadyAnswer:
         if self.view is None:
@@ -344,7 +320,14 @@ class Service:
 
     # Parts.
 
-    def _shown(self) -> View:
+    async def _log(self, row: Event | Feedback | Choice, what: str, look_up: bool = False) -> bool:
+        """Whether a row is new, once it is on disk."""
+        try:
+            return await self.observer.add(row, look_up)
+        except OSError as error:
+            raise Problem(503, "not_written", f"{what} could not be put on disk", _RETRY) from error
+
+    def shown(self) -> View:
         if self.view is None:
             raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
         return self.view
@@ -359,6 +342,18 @@ class Service:
             except EncodingError as error:
                 raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
         return view.unknown_weights, False
+
+
+def _unknown(given: Sequence[Any], known: Sequence[bool]) -> list[Any]:
+    """Ids of inputs of which nothing is known."""
+    return [one for one, is_known in zip(given, known, strict=True) if not is_known and not isinstance(one, dict)]
+
+
+def _study(view: View) -> None:
+    try:
+        view.evaluator.study(view.sample())
+    except Exception:
+        log.exception("serve: inputs could not be studied: answers are not coarse, and deadlines know the less")
 
 
 _INLINE = 200_000  # inputs of which the best are found without leaving the event loop

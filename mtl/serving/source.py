@@ -2,7 +2,7 @@
 
 Commits of MERGE and append put every row that they change into files that they add, so the files of the commits since
 the last look are all that need be read; what is newer wins. A commit that only rewrites (OPTIMIZE) adds no row. Any other
-kind that touches data is told as a ``reload``.
+kind that touches data is told as a ``reload``; so are commits of an erasure, which take rows away by MERGE.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
 from mtl.errors import ConfigError
-from mtl.schema import MODEL_VERSION
+from mtl.schema import ERASURE, MODEL_VERSION
 
 _CATALOG = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 # Their added files hold every row that they insert or change.
 _ADDING = {"MERGE", "WRITE", "STREAMING UPDATE", "UPDATE", "CREATE TABLE"}
-_WITHOUT_ROWS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD COLUMNS", "UPGRADE PROTOCOL"}
+_WITHOUT_ROWS = {
+    "OPTIMIZE",
+    "VACUUM START",
+    "VACUUM END",
+    "SET TBLPROPERTIES",
+    "ADD COLUMNS",
+    "UPGRADE PROTOCOL",
+    "REORG",
+}
 _WITHOUT_ROWS |= {"COMPUTE STATS", "CHANGE COLUMN", "DOMAIN METADATA CLEANUP"}
 
 # What reading a table can raise, when it, its store or its log is not there.
@@ -137,9 +145,12 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _commit(version: int, actions: list[dict[str, Any]]) -> Commit:
+    info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+    if (info.get("userMetadata") or "").startswith(ERASURE):
+        return Commit(version, (), reload=True)
     adds = [action["add"] for action in actions if "add" in action]
     removed = {action["remove"]["path"] for action in actions if "remove" in action}
-    operation = next((action["commitInfo"].get("operation") for action in actions if "commitInfo" in action), None)
+    operation = info.get("operation")
     changing = [add for add in adds if add.get("dataChange", True)]
     # A file that comes back with another deletion vector brings no row.
     files = tuple(

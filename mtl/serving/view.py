@@ -1,7 +1,8 @@
 """What a worker answers from: one model version, the features of its inputs, and users with what was observed of them.
 
 A view is of one version throughout; :func:`open_view` makes the next one when the store shows another. Here are the two
-places where an answer is made: :meth:`View.rows_of` (features of the inputs of a request) and :meth:`View.score`.
+places where an answer is made: :meth:`View.rows_of` (features of the inputs of a request) and :meth:`View.score`; features of
+inputs that have none are the :class:`mtl.serving.evaluator.Evaluator`'s.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, NamedTuple
 
 import lmdb
 import numpy as np
-import pandas as pd
 
 from mtl import blocks, gaussian
+from mtl.config import ServeSettings
 from mtl.features import Features
 from mtl.forms import partly_given
 from mtl.gaussian import Array
@@ -23,6 +24,7 @@ from mtl.losses import LOSSES, Loss
 from mtl.model import Model, model_of
 from mtl.prior import Prior
 from mtl.serving import scorer
+from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
 from mtl.serving.overlay import Overlay, Pending, is_covered
 from mtl.serving.records import cycle_of, digest, prefix, unpack_user
 from mtl.serving.scorer import Weights
@@ -32,7 +34,7 @@ from mtl.working import settle
 Attributes = Mapping[str, Any]
 
 _FILTERS = 100  # attributes of which the inputs that lack them are remembered
-_SLACK = 32  # neighbours beyond k that are looked at in double precision
+_SAMPLE = 2000  # inputs from which it is told what inputs are like
 _INDEX_LIMIT = 1_000_000  # ids of inputs whose row is remembered
 
 
@@ -43,6 +45,24 @@ class Inputs(NamedTuple):
     known: list[bool]  # whether each is an input with features or attributes
 
 
+class InTime(NamedTuple):
+    """Features of the inputs of one request as far as time allowed."""
+
+    rows: Array  # (n, width)
+    known: list[bool]
+    incomplete: list[int]  # places of inputs of which not all functions were reached
+
+
+class Found(NamedTuple):
+    """What is believed of h of the inputs of one request."""
+
+    mean: Array  # (n,)
+    variance: Array
+    known: list[bool]
+    incomplete: list[int]  # places of inputs of which not all functions were reached
+    bound: Array | None = None  # (n,), in units of predictions; None: nothing is coarse
+
+
 @dataclass
 class View:
     """One model version as the store shows it."""
@@ -51,6 +71,7 @@ class View:
     model: Model
     store: Store
     overlay: Overlay
+    evaluator: Evaluator = field(repr=False)
     users_cached: int
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
@@ -83,18 +104,12 @@ class View:
         Raises:
             EncodingError: attributes that the model's encodings cannot take.
         """
-        found, described = self._at_hand(inputs)
+        found, described = self.at_hand(inputs)
         if described:
-            found.rows[list(described)] = self.evaluate(list(described.values()))
+            found.rows[list(described)] = self.evaluator.complete(list(described.values()))
         return found
 
-    def rows_at_hand(self, inputs: Sequence[str | Attributes]) -> tuple[Inputs, list[int]]:
-        """Features of inputs as far as nothing need be computed; for the others (places) those of an unknown input."""
-        found, described = self._at_hand(inputs)
-        found.rows[list(described)] = self.unknown_input
-        return found, list(described)
-
-    def _at_hand(self, inputs: Sequence[str | Attributes]) -> tuple[Inputs, dict[int, Attributes]]:
+    def at_hand(self, inputs: Sequence[str | Attributes]) -> tuple[Inputs, dict[int, Attributes]]:
         """Rows, those to be computed left open, and the attributes by place to compute them from."""
         rows, known = np.empty((len(inputs), scorer.width(self.d))), [True] * len(inputs)
         described: dict[int, Attributes] = {}
@@ -122,21 +137,17 @@ class View:
             self._index[identity] = row
         return row
 
-    def evaluate(self, attributes: Sequence[Attributes]) -> Array:
-        """Features of inputs by the oracle, from their attributes alone: (n, width). The dear path.
-
-        Raises:
-            EncodingError: attributes that the model's encodings cannot take.
-        """
-        try:
-            return scorer.feature_rows(self.model.features_of_new(_frame(attributes)))
-        except (TypeError, ValueError) as error:
-            raise EncodingError(str(error)) from error
+    def sample(self) -> list[Attributes]:
+        """Attributes of some of the inputs."""
+        ids = self.ids(_spread(len(self.rows)))
+        with self.store.reading() as transaction:
+            found = [self.store.attributes(transaction, one) for one in ids]
+        return [attributes for attributes in found if attributes]
 
     @cached_property
     def unknown_input(self) -> Array:
         """Features of an input of which nothing is known, (width,)."""
-        return self.evaluate([{}])[0]
+        return self.evaluator.complete([{}])[0]
 
     # Users.
 
@@ -186,7 +197,7 @@ class View:
         return self._of_prior(self._prior_mean([{}]))
 
     @cached_property
-    def _prior_covariance(self) -> Array:
+    def prior_covariance(self) -> Array:
         """Of a user without events, packed."""
         d = self.d
         return self.model.user_posteriors(
@@ -194,11 +205,11 @@ class View:
         ).covariance
 
     def _of_prior(self, mean: Array) -> Weights:
-        return Weights(mean, scorer.quadratics(mean[None], self._prior_covariance)[0], 0)
+        return Weights(mean, scorer.quadratics(mean[None], self.prior_covariance)[0], 0)
 
     def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
         try:
-            return self.model.prior_mean_of_new(_frame(attributes))[0]
+            return self.model.prior_mean_of_new(frame_of(attributes))[0]
         except (TypeError, ValueError) as error:
             raise EncodingError(str(error)) from error
 
@@ -232,6 +243,60 @@ class View:
     def score(self, user: Weights, rows: Array) -> tuple[Array, Array]:
         """Prediction and standard deviation of a label for every row of features, (n,) each."""
         return scorer.score(rows, user, self.loss, self.model.noise)
+
+    def respond(self, mean: Array, variance: Array) -> tuple[Array, Array]:
+        """Prediction and standard deviation of a label by what is believed of h, (n,) each."""
+        return self.loss.response(mean, variance), self.loss.deviation(mean, variance, self.model.noise)
+
+    def believe(self, inputs: Sequence[str | Attributes], user: Weights, deadline: float, coarseness: int) -> Found:
+        """What is believed by a deadline, on the clock of ``time.monotonic``.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
+        found, described = self.at_hand(inputs)
+        places = np.array(list(described), np.int64)
+        found.rows[places] = 0.0
+        mean, variance = scorer.belief(found.rows, user)
+        if not described:
+            return Found(mean, variance, found.known, [])
+        of = self.evaluator.beliefs(list(described.values()), user, deadline, coarseness)
+        mean[places], variance[places] = of.mean, of.variance
+        bound = None
+        if of.members is not None:
+            bound = np.zeros(len(inputs))
+            bound[places] = np.where(of.complete, self._furthest(of), np.inf)
+        return Found(mean, variance, found.known, places[~of.complete].tolist(), bound)
+
+    def _furthest(self, of: Beliefs) -> Array:
+        """How far the prediction of a measured member of each input's class can be from the input's, (n,)."""
+        assert of.members is not None
+        score = self.loss.response(of.mean, of.variance)
+        h, spread = of.members
+        unknown = np.isinf(h[1])  # where any mean is possible the variance does not matter
+        corners = [self.loss.response(m, np.where(unknown, of.variance, v)) for m in h for v in spread]
+        return np.max(np.abs(np.array(corners) - score), axis=0)
+
+    def rows_by(self, inputs: Sequence[str | Attributes], user: Weights, deadline: float, coarseness: int) -> InTime:
+        """Features by a deadline, in the order of what they are worth for a user.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
+        found, described = self.at_hand(inputs)
+        if not described:
+            return InTime(*found, [])
+        places = np.array(list(described), np.int64)
+        of = self.evaluator.rows(list(described.values()), user, deadline, coarseness)
+        found.rows[places] = of.rows
+        return InTime(*found, places[~of.complete].tolist())
+
+    def rows_at_hand(self, inputs: Sequence[str | Attributes]) -> InTime:
+        """Features where none can be computed."""
+        found, described = self.at_hand(inputs)
+        places = np.array(list(described), np.int64)
+        found.rows[places], complete = self.evaluator.at_hand(list(described.values()))
+        return InTime(*found, places[~complete].tolist())
 
     def best(self, user: Weights, k: int, excluded: np.ndarray | None = None) -> np.ndarray:
         """Rows of the inputs of the k largest E[h], the best first; ``excluded`` (rows) left out."""
@@ -277,38 +342,6 @@ class View:
             self._lacking[key] = np.flatnonzero(~has)
         return self._lacking[key]
 
-    def near_inputs(self, identity: str, k: int) -> list[tuple[str, float]] | None:
-        """The k inputs nearest to one, with their distances; None where nothing is known of it.
-
-        The distance is the root of E[(h(x; u) − h(y; u))²] over users of the prior: how differently users take two inputs.
-        """
-        found = self.rows_of([identity])
-        if not found.known[0]:
-            return None
-        metric = self._metric
-        one = scorer.top_columns(found.rows, self.d)[:, 0]
-        # |x − y|² in the metric, less what is the same for all y.
-        squares = self._squares - 2 * ((metric @ one).astype(np.float32) @ self.top)
-        rows = scorer.largest(-squares, k + _SLACK)
-        difference = self.rows[rows][:, : self.d] - found.rows[0, : self.d]
-        difference[:, 0] = self.rows[rows][:, -1] - found.rows[0, -1]
-        distance = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", difference, metric, difference), 0.0))
-        near = sorted(zip(distance.tolist(), self.ids(rows), strict=True))
-        return [(other, value) for value, other in near if other != identity][:k]
-
-    @cached_property
-    def _metric(self) -> Array:
-        """E[w̃w̃ᵀ] of the prior of a user of whom nothing is known, w̃ = [1, w_1 … w_k], (d, d)."""
-        mean = self.unknown_weights.mean.copy()
-        mean[0] = 1.0
-        second = gaussian.unpack(self._prior_covariance, self.d)[0]
-        second[0] = second[:, 0] = 0.0
-        return second + np.outer(mean, mean)
-
-    @cached_property
-    def _squares(self) -> Array:
-        return np.einsum("dn,dn->n", self._metric.astype(np.float32) @ self.top, self.top)
-
     @property
     def basis(self) -> list[str]:
         """A name for each entry of w: the intercept, learnt functions, and attributes with their encoded columns."""
@@ -328,11 +361,7 @@ class View:
                 return np.array([row for row in rows if row is not None and row < len(self.rows)], np.int64)
 
 
-class EncodingError(ValueError):
-    """Attributes that the model cannot take; the message says why."""
-
-
-def open_view(store: Store, overlay: Overlay, users_cached: int, before: View | None = None) -> View | None:
+def open_view(store: Store, overlay: Overlay, settings: ServeSettings, before: View | None = None) -> View | None:
     """The view that the store shows now: ``before`` itself where it still is; None where there is none yet."""
     with store.reading() as transaction:
         live = store.live(transaction)
@@ -341,32 +370,23 @@ def open_view(store: Store, overlay: Overlay, users_cached: int, before: View | 
         if before is not None and before.live == live:
             return before
         row = store.model_row(transaction, live.model_version)
+    rows, top = read_features(store.folder, live, scorer.width(live.d))
     if before is not None and before.version == live.model_version:
-        model = before.model
+        evaluator = before.evaluator
     else:
         assert row is not None
-        model = model_of(row)
-    rows, top = read_features(store.folder, live, scorer.width(live.d))
-    view = View(live, model, store, overlay, users_cached, rows, top)
+        evaluator = Evaluator(model_of(row), settings, rows[_spread(len(rows))])
+    view = View(live, evaluator.model, store, overlay, evaluator, settings.users_cached, rows, top)
     view.unknown_input, view.unknown_weights  # noqa: B018  what the first request would wait for
     return view
 
 
-def _frame(attributes: Sequence[Attributes]) -> pd.DataFrame:
-    """Attribute rows as the encodings take them."""
-    if not any(attributes):
-        return pd.DataFrame(index=range(len(attributes)))
-    return pd.DataFrame([{k: _as_stored(v) for k, v in row.items()} for row in attributes])
+def _spread(n: int) -> np.ndarray:
+    """Places of a sample of n rows."""
+    return np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64)) if n else np.empty(0, np.int64)
 
 
 def _matches(value: Any, wanted: Any) -> bool:
     if isinstance(value, list):
         return wanted in value or str(wanted) in map(str, value)
     return value == wanted or (value is not None and str(value) == str(wanted))
-
-
-def _as_stored(value: Any) -> Any:
-    """A value as the tables hold it: booleans as text, whole numbers as numbers."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return float(value) if isinstance(value, int) else value

@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 from made_up import fill  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
 
+from mtl.config import load_settings  # noqa: E402
 from mtl.serving import scorer  # noqa: E402
 from mtl.serving.overlay import open_overlay  # noqa: E402
 from mtl.serving.store import Store  # noqa: E402
@@ -130,7 +131,7 @@ def microseconds(work: Any, times: int) -> float:
 
 def scoring(folder: Path, inputs: int) -> dict[str, float]:
     store, overlay = Store(folder, 64, readonly=True), open_overlay(folder, [])
-    view = open_view(store, overlay, 1000)
+    view = open_view(store, overlay, load_settings().serve)
     assert view is not None
     random = np.random.default_rng(0)
     hot = [f"x{i}" for i in random.integers(0, inputs, 100)]

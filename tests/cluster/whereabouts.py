@@ -1,5 +1,6 @@
 """A job that prints where the driver and every executor import mtl from, and with which Python; null where they cannot."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ from pyspark.sql import SparkSession
 
 def here() -> dict:
     found = importlib.util.find_spec("mtl")
+    if found:
+        importlib.import_module("mtl.updater")  # and with it all that tasks need of other packages
     # Executors are told apart by the folders that they run in.
     return {"mtl": found and found.origin, "python": sys.prefix, "in": os.getcwd()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ from made_up import fill
 
 from mtl.config import load_settings
 from mtl.serving import metrics
+from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import open_overlay
@@ -81,12 +83,16 @@ def calling(folder: Path, *assignments: str, loss: str = "squared") -> Iterator[
     share_metrics()
     store, overlay = Store(folder, 1), open_overlay(folder, [])
     fill(store, USERS, INPUTS, K, loss)
-    store.write_attributes((f"x{i}", {"year": float(i), "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
-    observer = Observer(overlay, folder / "observations", folder / "feedback", 1000.0, 1e9)
+    store.write_attributes((f"x{i}", {"year": i / 20, "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
+    observer = Observer(overlay, folder / "observations", folder / "feedback", folder / "decisions", 1000.0, 1e9)
     observer.start()
     service = Service(store, overlay, observer, settings)
     service.look()
-    yield Client(application(service, metrics.Metrics(dict)), service)
+    assert service.view is not None
+    ends = time.monotonic() + 10
+    while service.view.evaluator.studied is None and time.monotonic() < ends:
+        time.sleep(0.001)
+    yield Client(application(service, metrics.Metrics(lambda: readings(service))), service)
     observer.stop()
     store.close()
     overlay.close()

@@ -58,6 +58,7 @@ def model_row(k: int, loss: str = "squared", seed: int = 0) -> dict[str, Any]:
         schema.LABEL_MAX: 5.0,
         schema.EVENTS_VERSION: 1,
         schema.INPUTS_VERSION: 1,
+        schema.HALF_LIFE_DAYS: 0.0,
         schema.ARTEFACT: cloudpickle.dumps(artefact),
     }
 

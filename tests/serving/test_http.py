@@ -124,7 +124,7 @@ def test_similar_inputs_are_those_that_users_of_the_prior_take_alike(client: Cli
     view = client.service.view
     assert view is not None
     random = np.random.default_rng(0)
-    covariance = views.gaussian.unpack(view._prior_covariance, view.d)[0]
+    covariance = views.gaussian.unpack(view.prior_covariance, view.d)[0]
     users = random.multivariate_normal(view.unknown_weights.mean, covariance, 200_000)
     rows = np.asarray(view.rows)
     h = users @ rows[:, : view.d].T + rows[:, -1]
@@ -222,9 +222,10 @@ def test_a_deadline_is_kept_by_a_feature_function_that_hangs(client: Client, mon
     import time
 
     hang = threading.Event()
-    monkeypatch.setattr(client.service.view, "evaluate", lambda attributes: hang.wait(5))
+    assert client.service.view is not None
+    monkeypatch.setattr(client.service.view.evaluator.lanes[0], "function", lambda encoded, needed: hang.wait(5))
     began = time.monotonic()
-    body = {"user": "u1", "inputs": ["x1", {"year": 1}], "deadline_ms": 50}
+    body = {"user": "u1", "inputs": ["x1", {"year": 1.5}], "deadline_ms": 50}
     status, answer = client.ask("POST", "/v1/predict", body)
     hang.set()
     assert status == 200

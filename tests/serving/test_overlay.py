@@ -10,6 +10,7 @@ import pytest
 from made_up import EVENTS_BEFORE, VERSION, fill
 
 from mtl import gaussian
+from mtl.config import load_settings
 from mtl.serving import view as views
 from mtl.serving.observations import Event
 from mtl.serving.overlay import Pending, open_overlay
@@ -27,7 +28,7 @@ def event(i: int, user: str = "u1", input: str = "x1") -> Event:
 def view(tmp_path: Path) -> View:
     store = Store(tmp_path, 1)
     fill(store, 5, 5, 2)
-    found = open_view(store, open_overlay(tmp_path, []), 10)
+    found = open_view(store, open_overlay(tmp_path, []), load_settings([], ["serve.users_cached=10"]).serve)
     assert found is not None
     return found
 

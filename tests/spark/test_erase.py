@@ -19,11 +19,13 @@ from mtl import schema
 from mtl.audit import audit
 from mtl.config import Settings, load_settings
 from mtl.erase import erase
-from mtl.errors import InputError
+from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_files
+from mtl.known import KnownEvents
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
+from mtl.stream import Stream
 from mtl.tables import Tables
 from mtl.update import update
 
@@ -169,7 +171,7 @@ def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeyp
     other = Run(run.tables.spark, run.folder / "other")
     shutil.copytree(run.tables.root, other.tables.root)
     expected = erase(other.tables, settings(), users=[USER])
-    first, last = ("_plan", "_remove_events", "_remove_refused", "_account", "update"), ("_remove_rest", "_close")
+    first, last = ("_plan", "_remove_events", "_remove_refused", "_account", "_drain"), ("_remove_rest", "_close")
     deaths = [
         *((step, False) for step in first),
         ("_replace", True),
@@ -266,6 +268,26 @@ def test_a_corrected_event_counts_as_corrected_once(run: Run, monkeypatch: pytes
     assert erase(run.tables, settings(), correct=path)["asked"] == 0
     run.vacuum()
     assert broken(run) == []
+
+
+def test_a_job_that_updates_a_version_keeps_an_erasure_from_beginning(run: Run) -> None:
+    other = Stream(run.tables, settings(), load_model(run.tables, 2))
+    try:
+        with pytest.raises(StateError, match="the update of model version 2 is run by process"):
+            erase(run.tables, settings(), users=[USER])
+    finally:
+        other.close()
+    assert run.tables.read(schema.ERASURES).isEmpty()
+    assert USER in run.users().index
+
+
+def test_the_index_of_ids_forgets_with_the_table(run: Run) -> None:
+    known = KnownEvents(run.tables, str(run.folder / "index"))
+    known.refresh()
+    before = len(known.ids)
+    erase(run.tables, settings(), events=["e0", "e201"])
+    known.refresh()
+    assert (before, len(known.ids)) == (len(PROBLEM), len(PROBLEM) - 2)
 
 
 def test_corrections_that_are_none_change_nothing(run: Run) -> None:

@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.config import Settings, load_settings
+from mtl.erase import erase
 from mtl.materialize import materialize
 from mtl.models import load_model, promote
 from mtl.retrain import retrain
@@ -29,7 +30,8 @@ from mtl.serving.source import Source
 from mtl.serving.store import Store
 from mtl.serving.view import View, open_view
 from mtl.tables import Tables
-from mtl.update import Updater, update
+from mtl.update import update
+from mtl.updater import Updater
 
 PROBLEM = planted(3, users=20, inputs=12, k=2, events=400)
 TRAINED = 250
@@ -94,7 +96,7 @@ class Copy:
         return self.look()
 
     def look(self) -> View:
-        self.view = open_view(self.store, self.overlay, 100, self.view)
+        self.view = open_view(self.store, self.overlay, load_settings().serve, self.view)
         assert self.view is not None
         return self.view
 
@@ -289,3 +291,18 @@ def test_observations_of_a_log_that_is_read_again_count_once(copy: Copy) -> None
     copy.refresh()
     assert copy.overlay.n_pending() == 0
     assert {user: copy.n_events(user) for user in counts} == counts
+
+
+def test_an_erased_user_is_gone_from_the_server_and_others_events_count_once(copy: Copy) -> None:
+    append(copy.tables, rows(np.arange(TRAINED, 300)))
+    update(copy.tables, settings())
+    copy.refresh()
+    assert copy.n_events("u3") > 0
+    erase(copy.tables, settings(), users=["u3", "u90"])  # u90 has attributes and no event
+    view = copy.refresh()
+    assert view.weights_of("u3") is view.weights_of("u90") is None
+    events = copy.tables.read(EVENTS).groupBy(INPUT_ID).count().collect()
+    with copy.store.reading() as transaction:
+        popular = {input.input: input.n_events for input in copy.store.popular(transaction)}
+    assert popular == {row[INPUT_ID]: row["count"] for row in events}
+    assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)

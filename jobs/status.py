@@ -8,13 +8,14 @@ from pyspark.sql import SparkSession
 
 from mtl.config import Settings
 from mtl.job import run
-from mtl.status import batches, page, status
+from mtl.page import page
+from mtl.status import batches, status
 from mtl.tables import Tables
 
 DESCRIPTION = """\
-Figures of every model version from the tables: progressive-validation loss and calibration, events applied and waiting, drift
-of inputs and weights, rows refused and why, sizes of the tables. With --html also a page of its own with plots, the cold-start
-curve among them. Reads only; the update job may be running."""
+Figures of every model version from the tables: progressive-validation loss and calibration, lag, events applied and waiting,
+drift of inputs and weights, the cold-start curve, rows refused and why, sizes of the tables. With --html also a page of its own
+with plots. Reads only, tables that are not there yet are left out; the update job may be running."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

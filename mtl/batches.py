@@ -227,3 +227,10 @@ def persistently(write: Callable[[], Done]) -> Done:
 def count_rows(tables: Tables, table: str, batch: str) -> int:
     """Rows of ``table`` that the batch of this name wrote."""
     return tables.read(table).where(F.col(BATCH) == batch).count()
+
+
+def ingested(tables: Tables) -> tuple[int, int]:
+    """Rows that all batches were offered, and those that they refused."""
+    done = tables.read(LEDGER).where((F.col(QUERY) == INGEST) & (F.col(STATE) == DONE))
+    offered, refused = done.agg(F.sum(OFFERED), F.sum(QUARANTINED)).first()
+    return offered or 0, refused or 0

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.arrow import lists, matrix
 from mtl.blocks import index_of
 from mtl.gaussian import Array
 from mtl.model import Model
 from mtl.progress import Progress
 from mtl.schema import INPUT_ID, MODEL_VERSION
 from mtl.tables import Tables
-from mtl.users import SharedInputs
+
+_MEAN, _STD = "phi_mean", "phi_std"  # in a version's metrics
+_SUMS = "sums"
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,21 @@ class Seen:
     std: Array
 
     @classmethod
-    def of(cls, counts: Array, phi: Array) -> Seen:
-        """From the number of events of each input, (n,), and its φ, (n, d)."""
-        mean = counts @ phi / counts.sum()
-        return cls(mean, np.sqrt(np.maximum(counts @ phi**2 / counts.sum() - mean**2, 0.0)))
+    def of_sums(cls, n: float, phi: Array, squares: Array) -> Seen:
+        """From the sums of φ and φ², (d,) each, over n events."""
+        mean = phi / n
+        return cls(mean, np.sqrt(np.maximum(squares / n - mean**2, 0.0)))
+
+    @classmethod
+    def of_version(cls, tables: Tables, version: int) -> Seen:
+        """As the version's retraining left it with its metrics."""
+        row = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == version).select(schema.METRICS).first()
+        metrics = json.loads(row[schema.METRICS])
+        return cls(np.array(metrics[_MEAN]), np.array(metrics[_STD]))
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        return {_MEAN: self.mean.tolist(), _STD: self.std.tolist()}
 
     def distance(self, progress: Progress) -> float:
         """The largest shift of a basis function's mean, in standard deviations; 0 where there were no events."""
@@ -40,12 +58,26 @@ class Seen:
         return float(shift.max(initial=0.0))
 
 
-def seen_in_training(tables: Tables, model: Model, inputs: SharedInputs) -> Seen:
-    """One pass over the ids of the events that the version was trained on."""
-    counts = tables.read(schema.EVENTS, model.events_version).groupBy(INPUT_ID).count().toArrow()
-    place = index_of(counts[INPUT_ID], inputs.ids)
-    known = place >= 0
-    return Seen.of(counts["count"].to_numpy()[known].astype(float), inputs.features.phi[place[known]])
+def seen_in_training(rows: DataFrame, ids: pa.Array, counts: np.ndarray, d: int) -> Seen:
+    """From the features of a new version and the number of events of each input, summed where the features are.
+
+    Args:
+        rows: input_id and phi, of a version's rows of the features table.
+        ids, counts: inputs and the events of each, (n,).
+    """
+    shared = rows.sparkSession.sparkContext.broadcast((ids, counts))
+
+    def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            known, events = shared.value
+            place = index_of(batch.column(INPUT_ID), known)
+            n = np.where(place < 0, 0, events[place]).astype(float)
+            phi = matrix(batch.column(schema.PHI), d)
+            yield pa.record_batch([lists(np.concatenate([[n.sum()], n @ phi, n @ phi**2])[None])], [_SUMS])
+
+    table = rows.select(INPUT_ID, schema.PHI).mapInArrow(partition, f"{_SUMS} array<double>").toArrow()
+    n, phi, squares = np.split(matrix(table[_SUMS], 1 + 2 * d).sum(0), [1, 1 + d])
+    return Seen.of_sums(n[0], phi, squares)
 
 
 def weight_distance(tables: Tables, model: Model) -> float | None:

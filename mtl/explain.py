@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -23,6 +27,8 @@ from mtl.score import PREDICTION, STD, inputs_of, score_rows
 from mtl.tables import Tables
 
 _READ = (schema.MODELS, schema.FEATURES, schema.USERS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.LEDGER)
+# In what Spark and Delta say of a version whose files or log entries are no longer there.
+_GONE = ("FILE_NOT_EXIST", "FileNotFound", "VersionNotFound", "DELTA_VERSION", "DELTA_LOG_FILE_NOT_FOUND")
 _BATCHES = 5  # of the ledger, the last ones, that an explanation shows
 
 
@@ -40,13 +46,15 @@ class Past:
         """The state at ``at``, in UTC.
 
         Raises:
-            StateError: no model version was live then.
+            StateError: no model version was live then, or the logs do not reach back so far.
         """
         versions = {table: tables.version_at(table, at) for table in _READ}
         found = {table: version for table, version in versions.items() if version is not None}
         if schema.MODELS in found:
             models = tables.read(schema.MODELS, found[schema.MODELS])
             rows = models.where(F.col(schema.STATUS) == schema.LIVE).collect()
+            if rows and (gone := {schema.FEATURES, schema.USERS} - found.keys()):
+                raise StateError(_vacuumed(at) + f": the log of {', '.join(sorted(gone))} begins later")
             if rows:
                 return cls(tables, at, found, model_of(rows[0].asDict()))
         raise StateError(f"no model version was live at {at.isoformat()} (tables.root = {tables.root})")
@@ -79,8 +87,12 @@ def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str,
     Raises:
         StateError: no version was live then, or the files of that state have been vacuumed.
     """
-    past = Past.of(tables, at)
-    model = past.model
+    with _as_long_as_kept(at):
+        return _taken_apart(Past.of(tables, at), user, input_id)
+
+
+def _taken_apart(past: Past, user: str, input_id: str) -> dict[str, Any]:
+    tables, model = past.tables, past.model
     pair = tables.spark.createDataFrame([(user, input_id)], f"{USER_ID} string, {INPUT_ID} string")
     scored = past.score(pair).first()
     state = past.users.where(F.col(USER_ID) == user).toArrow()
@@ -91,14 +103,19 @@ def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str,
     return {
         "user": user,
         "input": input_id,
-        "at": at.isoformat(),
+        "at": past.at.isoformat(),
         "model_version": model.version,
         PREDICTION: scored[PREDICTION],
         STD: scored[STD],
         "user_events": state[schema.N_EVENTS][0].as_py() if len(state) else 0,
         "input_has_features": bool(len(shared)),
         "addends": [
-            {"of": "offset", "value": float(of.offset[0]), "from_residual": float(learnt[0])},
+            {
+                "of": "offset",
+                "value": float(of.offset[0]),
+                "from_attributes": float(of.offset[0] - learnt[0]),
+                "from_residual": float(learnt[0]),
+            },
             {"of": "intercept", "value": float(weights[0])},
             *(
                 {
@@ -106,6 +123,7 @@ def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str,
                     "value": float(weights[i] * phi[i]),
                     "weight": float(weights[i]),
                     "f": float(phi[i]),
+                    "from_attributes": float(weights[i] * (phi[i] - learnt[i])),
                     "from_residual": float(weights[i] * learnt[i]),
                 }
                 for i in range(1, model.d)
@@ -114,6 +132,22 @@ def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str,
         "batches": _last_batches(past) if schema.LEDGER in past.versions else [],
         "tables": past.versions,
     }
+
+
+@contextmanager
+def _as_long_as_kept(at: datetime) -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        if not any(sign in str(error) for sign in _GONE):
+            raise
+        raise StateError(
+            f"{_vacuumed(at)}: a prediction can be rebuilt as long as old files are kept (delta.deletedFileRetentionDuration)"
+        ) from error
+
+
+def _vacuumed(at: datetime) -> str:
+    return f"what the tables held at {at.isoformat()} has been vacuumed"
 
 
 def _weights(past: Past, state: pa.Table, user: str) -> Array:

@@ -97,6 +97,7 @@ def plot_curves(
     y: str,
     x_log: bool = False,
     mark: tuple[float, float, str] | None = None,
+    ticks: Sequence[str] = (),
 ) -> None:
     """Curves by name, four at most.
 
@@ -104,6 +105,7 @@ def plot_curves(
         x, y: what the axes are, with their units.
         x_log: the x axis is logarithmic.
         mark: a point of note (x, y) and what is said of it.
+        ticks: what x = 0, 1, … are called, where they are no numbers.
     """
     with _figure(path, 8, 4.8) as axes:
         for (name, curve), (colour, marker, line) in zip(curves.items(), _STYLES, strict=False):
@@ -113,6 +115,10 @@ def plot_curves(
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         if x_log:
             axes.set_xscale("log")
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+        elif not x_log:
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if mark:
             axes.annotate(
                 mark[2],

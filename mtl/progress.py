@@ -2,6 +2,8 @@
 
 Test, then train: every event is a test event first, so the loss over a stream is an honest estimate without a held-out
 set (Dawid 1984, the prequential principle). By the number of events that the user had before, it is the cold-start curve.
+Beside it the same events are predicted as for the average user, from the mean of all users alone, and by a ridge of mean
+zero on the user's own events: what the learnt prior mean and the own events are worth.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtl import schema
+from mtl.arrow import lists, matrix
 from mtl.blocks import index_of
 from mtl.gaussian import Array
 from mtl.model import Model
@@ -37,6 +40,8 @@ class Progress:
     covered: Array  # labels within prediction ± 1.64 std: 0.9 of them where labels are Gaussian
     prediction: Array
     label: Array
+    average: Array  # loss of the same events as the average user would have them predicted, who has no events
+    ridge: Array  # and of users with the events they had, about a prior of mean zero
     phi: Array  # φ of the events' inputs, (d,)
     phi_squares: Array  # φ², (d,)
 
@@ -69,28 +74,26 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
     if not len(events):
         return Progress.nothing(model.d)
     others = others.filter(pc.is_in(others[USER_ID], pc.unique(events[USER_ID])))
-    together = pa.concat_tables([events, others])
-    scored = add_scores(
-        together.rename_columns([STATE.get(name, name) for name in together.column_names]),
-        model,
-        SharedInputs(inputs.ids, inputs.current),
-    )
+    scored = _scored(events, others, model, inputs)
+    # One user without a state stands for the average one.
+    one_user = events.set_column(events.column_names.index(USER_ID), USER_ID, pa.repeat("", len(events)))
+    of_average = _scored(one_user, others.slice(0, 0), model, inputs)
+    of_ridge = _scored(events, _about_zero(events, others, model), model, inputs)
     states = others.filter(others[schema.A].is_valid())
     place = index_of(scored[USER_ID], states[USER_ID].combine_chunks())
     n_before = np.append(states[schema.N_EVENTS].to_numpy(), 0)[place]  # −1 takes the 0 at the end
-    prediction = np.clip(scored[PREDICTION].to_numpy(), *model.prediction_range)
+    prediction, average, ridge = (
+        np.clip(table[PREDICTION].to_numpy(), *model.prediction_range) for table in (scored, of_average, of_ridge)
+    )
     phi = inputs.current.phi[index_of(scored[INPUT_ID], inputs.ids)]
     label, std = scored[LABEL].to_numpy(), scored[STD].to_numpy()
-    return _sums(model.loss, n_before, prediction, std, label, phi)
-
-
-def _sums(loss: str, n_before: Array, prediction: Array, std: Array, label: Array, phi: Array) -> Progress:
     bins = np.searchsorted(SEEN, n_before, side="right") - 1
     distance = np.abs(label - prediction)
 
     def by_bin(values: Array) -> Array:
         return np.bincount(bins, values, len(SEEN)).astype(float)
 
+    loss = model.loss
     return Progress(
         n=by_bin(np.ones(len(label))),
         loss=by_bin(cost(loss, prediction, label)),
@@ -99,9 +102,33 @@ def _sums(loss: str, n_before: Array, prediction: Array, std: Array, label: Arra
         covered=by_bin((distance <= _Z90 * std).astype(float)),
         prediction=by_bin(prediction),
         label=by_bin(label),
+        average=by_bin(cost(loss, average, label)),
+        ridge=by_bin(cost(loss, ridge, label)),
         phi=phi.sum(0),
         phi_squares=(phi**2).sum(0),
     )
+
+
+def _scored(events: pa.Table, others: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
+    """The events with predictions, from these states and prior means of their users."""
+    together = pa.concat_tables([events, others], promote_options="default")
+    together = together.rename_columns([STATE.get(name, name) for name in together.column_names])
+    return add_scores(together, model, SharedInputs(inputs.ids, inputs.current))
+
+
+def _about_zero(events: pa.Table, others: pa.Table, model: Model) -> pa.Table:
+    """The same states about prior means of zero in what is learnt of users, for users without one too."""
+    learnt = model.form.users.learnt
+    unknown = model.prior_mean_of_unknown.copy()
+    unknown[learnt] = 0.0
+    users = pc.unique(events[USER_ID])
+    columns = {USER_ID: users, schema.PRIOR_MEAN: lists(np.tile(unknown, (len(users), 1)))}
+    if len(others):
+        mean = matrix(others[schema.PRIOR_MEAN], model.d).copy()
+        mean[:, learnt] = 0.0
+        others = others.set_column(others.column_names.index(schema.PRIOR_MEAN), schema.PRIOR_MEAN, lists(mean))
+    # A later row of a user has the last word.
+    return pa.concat_tables([pa.table(columns), others], promote_options="default")
 
 
 def cost(loss: str, prediction: Array, label: Array) -> Array:
@@ -121,6 +148,8 @@ def row_of(progress: Progress) -> dict[str, Any]:
         **{name: float(getattr(progress, name).sum()) for name in MEASURED},
         schema.SEEN_N: progress.n.tolist(),
         schema.SEEN_LOSS: progress.loss.tolist(),
+        schema.SEEN_AVERAGE: progress.average.tolist(),
+        schema.SEEN_RIDGE: progress.ridge.tolist(),
         schema.PHI_SUM: progress.phi.tolist(),
         schema.PHI_SQUARES: progress.phi_squares.tolist(),
     }

@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 
 from mtl import models, schema, tracking
 from mtl.config import Settings, TrainSettings
+from mtl.drift import seen_in_training
 from mtl.fitting import train
 from mtl.model import model_row
 from mtl.resume import Checkpoint
@@ -43,8 +44,10 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
         tables.append(schema.USERS, trained.user_rows(version))
     finally:
         trained.engine.close()
+    features = tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == version)
+    seen = seen_in_training(features, trained.catalogue.ids, trained.catalogue.counts, model.d)
     n_users = tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == version).count()
-    result = {**trained.report, "users": n_users, "seconds": round(time.monotonic() - started, 3)}
+    result = {**trained.report, "users": n_users, **seen.metrics, "seconds": round(time.monotonic() - started, 3)}
     objective = trained.fit.objective
     row = model_row(model, settings.model.form, objective, trained.catalogue.n_events, result, settings)
     models.publish(tables, row)

@@ -110,6 +110,8 @@ PREDICTION_SUM = "prediction"
 LABEL_SUM = "label"
 SEEN_N = "seen_n"  # events by how many their user had before, see mtl.progress.SEEN
 SEEN_LOSS = "seen_loss"
+SEEN_AVERAGE = "seen_average"  # loss of the same events predicted for the average user,
+SEEN_RIDGE = "seen_ridge"  # and from the user's own events about a prior of mean zero
 PHI_SUM = "phi_sum"
 PHI_SQUARES = "phi_squares"
 # Erasures
@@ -244,6 +246,8 @@ SCHEMAS: dict[str, T.StructType] = {
         (LABEL_SUM, T.DoubleType()),
         (SEEN_N, _VECTOR),
         (SEEN_LOSS, _VECTOR),
+        (SEEN_AVERAGE, _VECTOR),
+        (SEEN_RIDGE, _VECTOR),
         (PHI_SUM, _VECTOR),
         (PHI_SQUARES, _VECTOR),
         (CREATED_AT, T.TimestampType()),

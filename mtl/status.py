@@ -1,32 +1,30 @@
-"""How the update job is doing: figures of every version from the tables, and a page that shows them."""
+"""How the update job is doing: figures of every version, of ingest and of the tables, from the tables alone."""
 
 from __future__ import annotations
 
-import base64
-import html
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import schema
-from mtl.arrivals import shared_inputs
-from mtl.drift import seen_in_training, weight_distance
-from mtl.figures import Curve, plot_curves
-from mtl.materialize import features_of
+from mtl.backlog import delays, lag, waiting
+from mtl.batches import ingested
+from mtl.checkpoint import end_of
+from mtl.drift import Seen, weight_distance
+from mtl.ledger import last_batch
 from mtl.model import Model
 from mtl.models import load_model
-from mtl.progress import SEEN, Progress
+from mtl.progress import MEASURED, SEEN, Progress
 from mtl.schema import MODEL_VERSION
 from mtl.tables import Tables
 
-_SHOWN = 4  # versions in a plot, the newest
-_SUMS = (schema.LOSS, schema.ABSOLUTE, schema.STANDARDIZED, schema.COVERED)
+_BATCHES = 10_000  # in the plots, the newest
+DELAY = "delay"
 _STATE_TABLES = (
     schema.EVENTS,
     schema.QUARANTINE,
@@ -40,77 +38,79 @@ _STATE_TABLES = (
 
 
 def status(tables: Tables) -> dict[str, Any]:
-    """Figures by version, of ingest, and of the tables' sizes; from tables that other jobs may be writing."""
-    tables.create(*_STATE_TABLES)
-    rows = tables.read(schema.MODELS).where(F.col(schema.STATUS) != schema.REQUESTED).orderBy(MODEL_VERSION).collect()
-    versions = [_of_version(tables, row[MODEL_VERSION], row[schema.STATUS], row[schema.CREATED_AT]) for row in rows]
-    reasons = tables.read(schema.QUARANTINE).groupBy(schema.REASON).count().orderBy(F.col("count").desc()).limit(10)
-    ingested = tables.read(schema.LEDGER).where(F.col(schema.STATE) == schema.DONE)
-    offered, quarantined = ingested.agg(F.sum(schema.OFFERED), F.sum(schema.QUARANTINED)).first()
-    return {
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-        "offered": offered or 0,
-        "quarantined": quarantined or 0,
+    """Figures by version, of ingest, and of the tables' sizes; reads tables that other jobs may be writing, makes none."""
+    there = [table for table in _STATE_TABLES if tables.exists(table)]
+    told: dict[str, Any] = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": []}
+    if schema.MODELS in there:
+        models = tables.read(schema.MODELS).where(F.col(schema.STATUS) != schema.REQUESTED)
+        told["versions"] = [_of_version(tables, row) for row in models.orderBy(MODEL_VERSION).collect()]
+    told["offered"], told["quarantined"] = ingested(tables) if schema.LEDGER in there else (0, 0)
+    reasons = _rows(tables, schema.QUARANTINE).groupBy(schema.REASON).count().orderBy(F.col("count").desc()).limit(10)
+    return told | {
         "reasons": {row[schema.REASON]: row["count"] for row in reasons.collect()},
-        "tables": {table: _size(tables, table) for table in _STATE_TABLES},
+        "cold_start": _cold_start_of_live(tables, told["versions"]),
+        "tables": {table: _size(tables, table) for table in there},
     }
 
 
 def batches(tables: Tables) -> pd.DataFrame:
-    """The progress table as a frame in the order of time."""
-    return tables.read(schema.PROGRESS).orderBy(schema.CREATED_AT).toPandas()
+    """The newest rows of the progress table in the order of time, with how late each batch was (``delay``, seconds)."""
+    newest = _rows(tables, schema.PROGRESS).orderBy(F.col(schema.CREATED_AT).desc()).limit(_BATCHES)
+    rows = newest.toPandas().iloc[::-1].reset_index(drop=True)
+    rows[DELAY] = np.nan
+    if rows.empty:
+        return rows
+    history = tables.delta(schema.EVENTS).history().select("version", "timestamp").toPandas()
+    committed = dict(zip(history["version"], history["timestamp"], strict=True))
+    for _, batch in rows[rows[schema.OFFSETS].notna()].groupby(schema.APPLICATION_ID):
+        ends = [end_of(offsets) for offsets in batch[schema.OFFSETS]]
+        late = delays(-1, ends, list(batch[schema.CREATED_AT]), committed)  # where the first one began is not told here
+        rows.loc[batch.index, DELAY] = late
+    return rows
 
 
 def cold_start(progress: pd.DataFrame) -> pd.DataFrame:
     """Mean loss by the number of events that a user had, from rows of the progress table.
 
     Returns:
-        By bin: ``seen``, its lower edge, ``n`` events and their mean ``loss``; bins without events are left out.
+        By bin: ``seen``, its lower edge, ``n`` events and their mean ``loss``, also as the ``average`` user and as a
+        ``ridge`` about zero would have had them predicted; bins without events are left out.
     """
+    names = {"loss": schema.SEEN_LOSS, "average": schema.SEEN_AVERAGE, "ridge": schema.SEEN_RIDGE}
     if progress.empty:
-        return pd.DataFrame({"seen": [], "n": [], "loss": []})
-    n, loss = (np.sum(np.stack(progress[name]), axis=0) for name in (schema.SEEN_N, schema.SEEN_LOSS))
+        return pd.DataFrame({name: [] for name in ("seen", "n", *names)})
+    n, *losses = (np.sum(np.stack(progress[name]), axis=0) for name in (schema.SEEN_N, *names.values()))
     some = n > 0
-    return pd.DataFrame({"seen": np.array(SEEN)[some], "n": n[some], "loss": loss[some] / n[some]})
+    means = {name: loss[some] / n[some] for name, loss in zip(names, losses, strict=True)}
+    return pd.DataFrame({"seen": np.array(SEEN)[some], "n": n[some].astype(int), **means})
 
 
-def page(told: Mapping[str, Any], progress: pd.DataFrame) -> str:
-    """One HTML page that needs nothing else: tables, and plots of the newest versions."""
-    parts = [f"<h1>oracle-mtl</h1><p>As of {told['at']}.</p>", "<h2>Versions</h2>", _table(_flat(told["versions"]))]
-    if progress.empty:
-        parts.append("<p>The update job has not applied an event yet: there is nothing to draw.</p>")
-    else:
-        shown = sorted(progress[MODEL_VERSION].unique())[-_SHOWN:]
-        of = {f"version {version}": progress[progress[MODEL_VERSION] == version] for version in shown}
-        parts.append("<h2>Progressive validation</h2><p>Every event is predicted before it is learnt from.</p>")
-        parts += [_image(*plot) for plot in _plots(of)]
-    parts += ["<h2>Refused rows</h2>", _refused(told)]
-    parts += ["<h2>Tables</h2>", _table([{"table": name, **size} for name, size in told["tables"].items()])]
-    return _PAGE.format("\n".join(parts))
+def _rows(tables: Tables, table: str) -> DataFrame:
+    return tables.read(table) if tables.exists(table) else tables.spark.createDataFrame([], schema.SCHEMAS[table])
 
 
-def _of_version(tables: Tables, version: int, state: str, created: datetime) -> dict[str, Any]:
-    rows = tables.read(schema.PROGRESS).where(F.col(MODEL_VERSION) == version)
+def _of_version(tables: Tables, row: Row) -> dict[str, Any]:
+    version = row[MODEL_VERSION]
+    rows = _rows(tables, schema.PROGRESS).where(F.col(MODEL_VERSION) == version)
     sums = rows.agg(
         F.count(F.lit(1)).alias("batches"),
         F.sum(schema.N_EVENTS).alias("events"),
         F.sum(schema.VALIDATED).alias("n"),
-        *(F.sum(name).alias(name) for name in _SUMS),
-        F.sum(schema.PREDICTION_SUM).alias(schema.PREDICTION_SUM),
-        F.sum(schema.LABEL_SUM).alias(schema.LABEL_SUM),
+        *(F.sum(name).alias(name) for name in MEASURED),
         F.max(schema.CREATED_AT).alias("last"),
     ).first()
-    waiting = tables.read(schema.WAITING).where((F.col(MODEL_VERSION) == version) & F.col(schema.RELEASED).isNull())
     told = {
         "version": version,
-        "status": state,
-        "created": created.isoformat(timespec="seconds"),
+        "status": row[schema.STATUS],
+        "created": row[schema.CREATED_AT].isoformat(timespec="seconds"),
+        "loss": row[schema.LOSS],
         "batches": sums["batches"],
         "events_applied": sums["events"] or 0,
-        "waiting": waiting.count(),
+        "waiting": waiting(tables, version).count() if tables.exists(schema.WAITING) else 0,
         "last_batch": sums["last"].isoformat(timespec="seconds") if sums["last"] else None,
     }
+    if row[schema.STATUS] in (schema.LIVE, schema.CANDIDATE):
+        told |= lag(tables, _consumed(tables, version, row[schema.EVENTS_VERSION]))
     n = sums["n"] or 0
     if n:
         model = load_model(tables, version)
@@ -126,90 +126,35 @@ def _of_version(tables: Tables, version: int, state: str, created: datetime) -> 
     return told
 
 
+def _consumed(tables: Tables, version: int, trained: int) -> int:
+    """The last commit of events of which every file has been applied."""
+    last = last_batch(tables, version) if tables.exists(schema.LEDGER) else None
+    return end_of(last[schema.OFFSETS])[0] - 1 if last else trained
+
+
 def _input_drift(tables: Tables, model: Model) -> float:
-    """Of the last batch."""
-    last = tables.read(schema.PROGRESS).where(F.col(MODEL_VERSION) == model.version)
-    row = last.orderBy(F.col(schema.CREATED_AT).desc()).first()
+    """Of the last batch that had events to predict."""
+    rows = tables.read(schema.PROGRESS).where((F.col(MODEL_VERSION) == model.version) & (F.col(schema.VALIDATED) > 0))
+    row = rows.orderBy(F.col(schema.CREATED_AT).desc()).first()
     recent = Progress.nothing(model.d)
     recent.n[0] = row[schema.VALIDATED]
     recent.phi[:] = row[schema.PHI_SUM]
-    inputs = shared_inputs(features_of(tables, model).toArrow(), model)
-    return seen_in_training(tables, model, inputs).distance(recent)
+    return Seen.of_version(tables, model.version).distance(recent)
+
+
+def _cold_start_of_live(tables: Tables, versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Over all batches of the live version."""
+    live = [told["version"] for told in versions if told["status"] == schema.LIVE]
+    vectors = (schema.SEEN_N, schema.SEEN_LOSS, schema.SEEN_AVERAGE, schema.SEEN_RIDGE)
+    rows = _rows(tables, schema.PROGRESS).where(F.col(MODEL_VERSION).isin(live))
+    sums = [F.sum(F.col(name)[i]) for name in vectors for i in range(len(SEEN))]
+    found = rows.agg(*sums).first() if live else [None]
+    if found[0] is None:
+        return []
+    totals = np.array(found).reshape(len(vectors), -1)
+    return cold_start(pd.DataFrame([dict(zip(vectors, totals, strict=True))])).to_dict("records")
 
 
 def _size(tables: Tables, table: str) -> dict[str, int]:
     row = tables.delta(table).detail().select("numFiles", "sizeInBytes").first()
     return {"files": row["numFiles"], "bytes": row["sizeInBytes"], "commit": tables.version(table)}
-
-
-def _plots(of: Mapping[str, pd.DataFrame]) -> list[tuple[dict[str, Curve], str, str, str]]:
-    def by_batch(numerator: str) -> dict[str, Curve]:
-        curves = {}
-        for name, rows in of.items():
-            rows = rows[rows[schema.VALIDATED] > 0]
-            events = rows[schema.N_EVENTS].cumsum().tolist()
-            curves[name] = Curve(events, (rows[numerator] / rows[schema.VALIDATED]).tolist())
-        return curves
-
-    cold = {name: cold_start(rows) for name, rows in of.items()}
-    return [
-        (by_batch(schema.LOSS), "Loss by batch", "events applied", "mean loss"),
-        (by_batch(schema.STANDARDIZED), "Calibration: 1 is right", "events applied", "mean of (error / std)²"),
-        (by_batch(schema.COVERED), "Labels in the stated 90% interval", "events applied", "share of labels"),
-        (
-            {name: Curve((rows["seen"] + 1).tolist(), rows["loss"].tolist()) for name, rows in cold.items()},
-            "Cold start: loss by what the user had been seen to do",
-            "1 + events of the user before (lower edge of the bin, logarithmic)",
-            "mean loss",
-        ),
-    ]
-
-
-def _image(curves: Mapping[str, Curve], title: str, x: str, y: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plot.png"
-        plot_curves(path, curves, title, x, y, x_log="logarithmic" in x)
-        data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-
-
-def _refused(told: Mapping[str, Any]) -> str:
-    if not told["quarantined"]:
-        return f"<p>None of {told['offered']:,} rows offered.</p>"
-    share = told["quarantined"] / told["offered"]
-    reasons = [{"reason": reason, "rows": n} for reason, n in told["reasons"].items()]
-    return f"<p>{told['quarantined']:,} of {told['offered']:,} rows offered ({share:.2%}).</p>" + _table(reasons)
-
-
-def _flat(versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    columns = list(dict.fromkeys(name for row in versions for name in row))
-    return [{name.replace("_", " "): row.get(name) for name in columns} for row in versions]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "<p>None.</p>"
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_told(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _told(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>oracle-mtl: status</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; font-size: 13px; }} th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; }}
-th {{ text-align: left; }} td {{ text-align: right; }} td:first-child {{ text-align: left; }}
-img {{ width: 48%; margin: .5rem .5% 0 0; }}
-</style></head><body>
-{}
-</body></html>
-"""

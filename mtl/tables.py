@@ -94,7 +94,9 @@ class Tables:
         return self.delta(table).history(1).collect()[0]["version"]
 
     def version_at(self, table: str, time: datetime) -> int | None:
-        """The commit that was the latest at a moment (in UTC); None where there was none yet."""
+        """The commit that was the latest at a moment (in UTC); None where there was none, or none is kept."""
+        if not self.exists(table):
+            return None
         commits = self.delta(table).history().where(F.col("timestamp") <= F.lit(time))
         return commits.agg(F.max("version")).collect()[0][0]
 

@@ -88,6 +88,7 @@ class Updater:
         self.inputs_version: int | None = None  # the commit of inputs at the last release
         self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
         self.recent = Progress.nothing(self.model.d)  # of the last batch
+        self.users = 0  # rows of users written in this run, a user once a batch
         self.seconds: dict[str, float] = {}  # of the last batch, by phase
         self._surprises: deque[tuple[float, int]] = deque(maxlen=1000)
         self.already: Already | None = None
@@ -240,7 +241,8 @@ class Updater:
         values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
         with self._timed("merge"), self.tables.once(application, number):
             merge = self.tables.delta(schema.USERS).alias("stored").merge(new, same)
-            merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute()
+            done = merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute().first()
+        self.users += done["num_affected_rows"] if done else 0
 
     def _record_progress(self, measured: pa.Table, n: int, application: str, number: int, offsets: str | None) -> None:
         width = len(self.recent.pack())

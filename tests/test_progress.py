@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from sklearn.metrics import log_loss, mean_poisson_deviance
 from test_metrics import events, inputs, model_of
 
-from mtl import progress, schema
+from mtl import gaussian, progress, schema
+from mtl.arrow import matrix
+from mtl.blocks import index_of
+from mtl.forms import Form, PartlyGiven
+from mtl.prior import Prior
 from mtl.progress import SEEN, Progress, cost, measure
 from mtl.score import PREDICTION, STATE, STD, add_scores
 from mtl.users import add_events
@@ -38,6 +45,45 @@ def test_it_is_the_scorer_s_error_before_the_events_are_added(loss: str) -> None
     before = dict(zip(known[schema.USER_ID].to_pylist(), known[schema.N_EVENTS].to_pylist(), strict=True))
     had = np.array([before.get(user, 0) for user in second[schema.USER_ID].to_pylist()])
     np.testing.assert_array_equal(found.n, np.histogram(had, [*SEEN, np.inf])[0])
+
+
+@pytest.mark.parametrize("user_columns", [(), (0,)])
+def test_beside_it_are_the_average_user_and_a_ridge_about_zero(user_columns: tuple[int, ...]) -> None:
+    model, shared = model_of("squared"), inputs()
+    prior = replace(model.artefact.users, coefficients=np.array([[0.3, -0.2, 0.4]]))
+    model = replace(model, artefact=replace(model.artefact, users=prior))
+    if user_columns:  # the last weight is an attribute of the user, which no prior mean of zero takes away
+        form = Form(model.d - 2, (), user_columns)
+        learnt = Prior(np.eye(1), prior.covariance[:-1, :-1], prior.coefficients[:, :-1])
+        artefact = replace(model.artefact, users=PartlyGiven(learnt, form.users))
+        model = replace(model, form=form, artefact=artefact)
+    whole = events(80)
+    known = add_events(whole.slice(0, 50), model, shared, model.prior_mean_of_unknown)
+    second = whole.slice(50)
+    found = measure(with_states(known, second), model, shared)
+
+    def loss(state: bool, mean: np.ndarray) -> float:
+        """By the definition, a user and an event at a time."""
+        total, states = 0.0, pa.Table.from_batches([known])
+        for event in second.to_pylist():
+            own = (
+                states.filter(pc.equal(states[schema.USER_ID], event[schema.USER_ID])) if state else states.slice(0, 0)
+            )
+            a, b = np.zeros((1, gaussian.packed_length(model.d))), np.zeros((1, model.d))
+            if len(own):
+                a, b = matrix(own[schema.A], a.shape[1]), matrix(own[schema.B], model.d)
+            w = model.user_posteriors(a, b, mean[None]).mean[0]
+            x = index_of(pa.array([event[schema.INPUT_ID]]), shared.ids)[0]
+            prediction = shared.features.offset[x] + w @ shared.features.phi[x]
+            total += (np.clip(prediction, *model.prediction_range) - event[schema.LABEL]) ** 2
+        return total
+
+    average = model.prior_mean_of_unknown
+    zero = average * (np.arange(model.d) >= model.d - len(user_columns))
+    assert found.average.sum() == pytest.approx(loss(False, average))
+    assert found.ridge.sum() == pytest.approx(loss(True, zero))
+    assert found.loss.sum() == pytest.approx(loss(True, average))
+    assert len({found.loss.sum(), found.average.sum(), found.ridge.sum()}) == 3
 
 
 def test_costs_are_the_library_s() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import functions as F
 from test_update import TRAINED, append, live, rows, settings, trained  # noqa: F401
 
 from mtl import models, schema
+from mtl.care import compact
 from mtl.errors import StateError
 from mtl.explain import Past, explain
 from mtl.models import load_model
@@ -49,6 +53,11 @@ def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables)
     one = explain(live, "u3", "x2", at)
     assert (one[PREDICTION], one[STD]) == logged[at]["u3", "x2"]
     assert sum(addend["value"] for addend in one["addends"]) == pytest.approx(one[PREDICTION])
+    assert all(
+        part["value"] == pytest.approx(part["from_attributes"] + part["from_residual"])
+        for part in one["addends"]
+        if part["of"] != "intercept"
+    )
     assert one["batches"][0][schema.ACCEPTED] == 30
     new = explain(live, "nobody", "unheard", at)
     assert (new[PREDICTION], new["user_events"], new["input_has_features"]) == (
@@ -61,6 +70,40 @@ def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables)
 def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> None:  # noqa: F811
     with pytest.raises(StateError, match="no model version was live at 2020"):
         explain(live, "u1", "x1", datetime(2020, 1, 1, tzinfo=timezone.utc))
+    nowhere = Tables(live.spark, f"{live.root}/nowhere")
+    with pytest.raises(StateError, match="no model version was live"):
+        explain(nowhere, "u1", "x1", datetime.now(timezone.utc))
+    assert not Path(nowhere.root).exists()
+
+
+def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    real = Tables.version_at
+    monkeypatch.setattr(
+        Tables, "version_at", lambda self, table, at: None if table == schema.USERS else real(self, table, at)
+    )
+    with pytest.raises(StateError, match="the log of users begins later"):
+        explain(live, "u1", "x1", datetime.now(timezone.utc))
+
+
+def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    at = datetime.now(timezone.utc)
+    time.sleep(0.1)
+    append(live, rows(np.arange(TRAINED, 300)))
+    update(live, settings())
+    compact(live, schema.USERS, 1)
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    live.spark.conf.set(check, "false")
+    try:
+        live.spark.sql(f"VACUUM {live.name(schema.USERS)} RETAIN 0 HOURS").collect()
+    finally:
+        live.spark.conf.unset(check)
+    with pytest.raises(StateError, match="has been vacuumed"):
+        explain(live, "u1", "x1", at)
+    assert explain(live, "u1", "x1", datetime.now(timezone.utc))["model_version"] == 1
+    # Without the guard it is Spark's own error, of many lines.
+    monkeypatch.setattr("mtl.explain._GONE", ())
+    with pytest.raises((PySparkException, Py4JError)):
+        explain(live, "u1", "x1", at)
 
 
 def answers(scored) -> dict:

@@ -9,7 +9,6 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -19,8 +18,9 @@ from test_update import TRAINED, append, live, rows, settings, trained  # noqa: 
 from mtl import schema
 from mtl.drift import Seen
 from mtl.models import load_model
-from mtl.progress import Progress
-from mtl.status import batches, cold_start, page, status
+from mtl.page import page
+from mtl.schema import INPUT_ID, USER_ID
+from mtl.status import DELAY, batches, cold_start, status
 from mtl.tables import Tables
 from mtl.update import update
 
@@ -29,9 +29,13 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    stop, watched = threading.Event(), settings(f"update.metrics_port={port}", "update.trigger_seconds=1")
+    stop, watched = (
+        threading.Event(),
+        settings(f"update.metrics_port={port}", "update.trigger_seconds=1", "update.max_files_per_trigger=1"),
+    )
     job = threading.Thread(target=update, args=(live.apart(), watched, False, None, stop))
-    append(live, rows(np.arange(TRAINED, 330)))
+    for first, last in ((TRAINED, 290), (290, 330)):
+        append(live, rows(np.arange(first, last)))
     job.start()
 
     def figures() -> dict[str, float]:
@@ -42,7 +46,7 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
         return {name: float(value) for name, value in re.findall(r"^(mtl_\S+) (\S+)$", text, re.M)}
 
     try:
-        wait_for(lambda: figures().get('mtl_update_applied_events{version="1"}') == 80)
+        wait_for(lambda: figures().get('mtl_update_applied_events_total{version="1"}') == 80)
         wait_for(lambda: figures().get('mtl_update_lag_events{version="1"}') == 0)
         found = figures()
     finally:
@@ -50,9 +54,17 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
         job.join()
     told = status(live)
     (version,) = told["versions"]
-    assert (version["status"], version["events_applied"], version["batches"], version["waiting"]) == ("live", 80, 1, 0)
-    for ours, theirs in (("loss", "mean_loss"), ("coverage", "coverage90"), ("input_drift", "input_drift")):
-        assert found[f'mtl_update_{ours}{{version="1"}}'] == pytest.approx(version[theirs])
+    assert (version["status"], version["events_applied"], version["batches"], version["waiting"]) == ("live", 80, 2, 0)
+    assert (version["lag_commits"], version["lag_events"]) == (0, 0)
+    progress = batches(live)
+    last = progress.iloc[-1]
+    for figure, column in (("loss", schema.LOSS), ("coverage", schema.COVERED)):
+        assert found[f'mtl_update_{figure}{{version="1"}}'] == pytest.approx(last[column] / last[schema.VALIDATED])
+    assert found['mtl_update_input_drift{version="1"}'] == pytest.approx(version["input_drift"])
+    assert found['mtl_update_weight_distance{version="1"}'] > 0
+    written = sum(len(set(rows(np.arange(*part))[USER_ID])) for part in ((TRAINED, 290), (290, 330)))
+    assert found['mtl_update_updated_users_total{version="1"}'] == written
+    assert found["mtl_update_failed_looks_total"] == 0
     assert found['mtl_update_batch_seconds{phase="merge",version="1"}'] > 0
     assert found['mtl_update_live{version="1"}'] == 1
     # The weights' distance by its formula.
@@ -61,24 +73,37 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
     assert version["weight_distance"] == pytest.approx(
         np.mean(moved / np.diag(load_model(live).artefact.users.covariance))
     )
-    curve = cold_start(batches(live))
+    # What training saw of φ, event by event.
+    events = live.read(schema.EVENTS, load_model(live).events_version).join(live.read(schema.FEATURES), INPUT_ID)
+    phi = np.stack(events.select(schema.PHI).toPandas()[schema.PHI])
+    seen = Seen.of_version(live, 1)
+    np.testing.assert_allclose((seen.mean, seen.std), (phi.mean(0), phi.std(0)), atol=1e-12)
+    curve = cold_start(progress)
+    assert curve.to_dict("records") == told["cold_start"]
     assert curve["n"].sum() == 80
     assert np.average(curve["loss"], weights=curve["n"]) == pytest.approx(version["mean_loss"])
-    text = page(told, batches(live))
-    assert text.count("<img") == 4
+    # The table by SQL, as the README has it.
+    hours = live.spark.sql(
+        f"""
+        SELECT model_version, date_trunc('HOUR', created_at) AS hour, sum(n_events) AS events,
+               sum(loss) / sum(validated) AS mean_loss, sum(standardized) / sum(validated) AS calibration,
+               sum(covered) / sum(validated) AS coverage90
+        FROM {live.name(schema.PROGRESS)} GROUP BY ALL ORDER BY ALL
+        """
+    ).collect()
+    assert sum(row["events"] for row in hours) == 80
+    assert sum(row["events"] * row["mean_loss"] for row in hours) == pytest.approx(80 * version["mean_loss"])
+    # The second batch's commit was there before the job began.
+    assert progress[DELAY].isna().tolist() == [True, False]
+    assert 0 < progress[DELAY].iloc[1] < 3600
+    text = page(told, progress)
+    assert text.count("<img") == 6
     assert "None of" in text
 
 
 def test_tables_without_a_version_have_a_status_too(spark: SparkSession, tmp_path: Path) -> None:
-    told = status(Tables(spark, str(tmp_path / "tables")))
-    assert told["versions"] == []
-    assert "nothing to draw" in page(told, pd.DataFrame())
-
-
-def test_a_shift_is_in_standard_deviations_of_what_training_saw() -> None:
-    phi = np.array([[1.0, 0.0], [1.0, 2.0]])
-    seen = Seen.of(np.array([3.0, 1.0]), phi)  # of the second function: 0, 0, 0, 2
-    moved = Progress.nothing(2)
-    moved.n[0], moved.phi[:] = 4, [4.0, 8.0]
-    assert seen.distance(moved) == pytest.approx((2.0 - 0.5) / 0.75**0.5)
-    assert seen.distance(Progress.nothing(2)) == 0.0
+    tables = Tables(spark, str(tmp_path / "tables"))
+    told = status(tables)
+    assert (told["versions"], told["tables"]) == ([], {})
+    assert "nothing to draw" in page(told, batches(tables))
+    assert not (tmp_path / "tables").exists()

@@ -29,7 +29,8 @@ from mtl.serving.source import Source
 from mtl.serving.store import Store
 from mtl.serving.view import View, open_view
 from mtl.tables import Tables
-from mtl.update import Updater, update
+from mtl.update import update
+from mtl.updater import Updater
 
 PROBLEM = planted(3, users=20, inputs=12, k=2, events=400)
 TRAINED = 250

@@ -43,7 +43,7 @@ def default_lines():
     section = ""
     for line in DEFAULTS.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
-            section = line.strip("[]")
+            section = line[1:].partition("]")[0]
         elif match := re.match(r"(\w+)\s*=\s*(.*)", line):
             yield f"{section}.{match[1]}", match[2]
 

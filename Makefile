@@ -7,7 +7,7 @@ TEST_ARGS ?=
 # .venv brings its own Spark: one that the caller's environment points to would be started in its place.
 unexport SPARK_HOME SPARK_CONF_DIR PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo test test-fast check format bench faults package cluster-test clean distclean
+.PHONY: help setup demo test test-long test-fast check format bench faults package cluster-test clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,11 @@ setup: ## make .venv: Python packages, Delta's jars, Java (once; then about a se
 demo: setup ## the whole product on a small data set (DEMO_ARGS="…")
 	@$(PY) jobs/demo.py $(DEMO_ARGS)
 
-test: setup ## all tests but the benches and the cluster's, in two processes (TEST_ARGS="-k name")
-	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile $(TEST_ARGS)
+test: setup ## the tests, in two processes (TEST_ARGS="-k name")
+	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile -m "not long" $(TEST_ARGS)
+
+test-long: setup ## the tests that make test leaves out: a Kafka broker, notebooks, more deaths
+	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile -m long $(TEST_ARGS)
 
 test-fast: setup ## the pure tests: no Spark, seconds
 	@$(PY) -m pytest tests/test_*.py $(TEST_ARGS)

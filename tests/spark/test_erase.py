@@ -167,6 +167,7 @@ def test_a_user_is_gone_from_every_table_and_version_and_the_audit_holds_even_af
     assert broken(run) == []
 
 
+@pytest.mark.long
 def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Run(run.tables.spark, run.folder / "other")
     shutil.copytree(run.tables.root, other.tables.root)
@@ -307,6 +308,7 @@ def test_corrections_that_are_none_change_nothing(run: Run) -> None:
     assert run.tables.version(schema.EVENTS) == before
 
 
+@pytest.mark.long
 def test_another_loss_is_replayed_without_the_erased_and_refitted_where_the_order_is_lost(
     spark: SparkSession, tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_an_index_that_is_lost_damaged_or_behind_is_brought_up_to_the_table(tabl
     assert kept(tables) == once(range(12))
 
 
+@pytest.mark.long
 def test_an_index_that_misses_ids_doubles_events_and_the_audit_sees_it(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def test_files_ingested_between_look_up_and_append_do_not_come_twice(
     assert _ingest_adds_up(tables)["holds"] == guarded
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_batch_that_comes_while_files_are_being_merged_does_not_come_twice(
     tables: Tables, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
@@ -246,6 +248,7 @@ def test_a_batch_that_comes_while_files_are_being_merged_does_not_come_twice(
         assert "Concurrent" in type(results[0]).__name__
 
 
+@pytest.mark.long
 def test_a_batch_is_merged_while_files_are_open_in_the_ledger(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,8 @@ from mtl.update import update
 PROBLEM = planted(7, users=20, inputs=12, k=2, events=400)
 TOPIC = "events"
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def broker(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:

@@ -189,6 +189,7 @@ def test_an_observation_counts_once_before_during_and_after_its_row_comes(copy: 
     assert copy.overlay.n_pending() == 0
 
 
+@pytest.mark.long
 def test_files_of_one_commit_that_are_applied_in_different_batches(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     copy.refresh()
     mine = rows(np.arange(TRAINED, 330))
@@ -218,6 +219,7 @@ def test_files_of_one_commit_that_are_applied_in_different_batches(copy: Copy, m
     assert_same_as_score(copy, ["u1", "u2"], INPUTS_ASKED)
 
 
+@pytest.mark.long
 def test_an_event_of_an_unknown_input_waits_here_as_it_does_there(copy: Copy) -> None:
     copy.refresh()
     before = copy.n_events("u1")
@@ -272,6 +274,7 @@ def test_a_switch_of_version_takes_every_observation_along_once(copy: Copy) -> N
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
 
 
+@pytest.mark.long
 def test_a_features_table_that_was_rewritten_is_read_anew(copy: Copy) -> None:
     first = copy.refresh()
     copy.tables.delta(FEATURES).delete(F.col(INPUT_ID) == "x5")
@@ -280,6 +283,7 @@ def test_a_features_table_that_was_rewritten_is_read_anew(copy: Copy) -> None:
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
 
 
+@pytest.mark.long
 def test_observations_of_a_log_that_is_read_again_count_once(copy: Copy) -> None:
     copy.refresh()
     mine = rows(np.arange(TRAINED, 270))

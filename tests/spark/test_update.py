@@ -210,7 +210,9 @@ def test_an_input_with_attributes_gets_features_within_the_batch(live: Tables) -
     assert broken(live) == []
 
 
-@pytest.mark.parametrize(("step", "before"), [(None, False), ("_learn_arrivals", True), ("_learn_arrivals", False)])
+@pytest.mark.parametrize(
+    ("step", "before"), [("_learn_arrivals", False), pytest.param("_learn_arrivals", True, marks=pytest.mark.long)]
+)
 def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool
 ) -> None:
@@ -272,7 +274,15 @@ def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tab
         update(live, settings())
 
 
-@pytest.mark.parametrize(("step", "files"), [(None, 1), ("_merge", 1), ("_set_aside", 64), ("_write_ledger", 64)])
+@pytest.mark.parametrize(
+    ("step", "files"),
+    [
+        ("_merge", 1),
+        ("_set_aside", 64),
+        pytest.param(None, 1, marks=pytest.mark.long),
+        pytest.param("_write_ledger", 64, marks=pytest.mark.long),
+    ],
+)
 def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit(
     live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, files: int
 ) -> None:

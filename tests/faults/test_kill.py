@@ -63,7 +63,7 @@ POINTS = {
     ],
     "retrain": ["mtl.models:publish:before:0", "mtl.models:publish:after:0", "mtl.models:next_version:after:0"],
 }
-EVERY_DAY = {"update": ["mtl.updater:Updater._record_progress:after:0", "mtl.models:promote:after:0"]}
+EVERY_DAY = {"update": ["mtl.models:promote:after:0"]}
 
 
 def job(name: str, folder: Path, *arguments: str) -> list[str]:

@@ -205,6 +205,7 @@ def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeyp
         assert_same(run.users(version), other.users(version))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half_life", [0, 10])
 def test_single_events_erased_leave_what_a_run_without_them_gives(
     spark: SparkSession, tmp_path: Path, half_life: int
@@ -241,6 +242,7 @@ def test_single_events_erased_leave_what_a_run_without_them_gives(
     assert "users_equal_scratch" not in broken(run)
 
 
+@pytest.mark.long
 def test_a_corrected_event_counts_as_corrected_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = rows(np.array([0, 1, 201, 202]))
     right = wrong.assign(**{LABEL: [9.0, wrong[LABEL][1], -9.0, 9.0], WEIGHT: [1.0, wrong[WEIGHT][1], 1.0, 1.0]})
@@ -282,6 +284,7 @@ def test_a_job_that_updates_a_version_keeps_an_erasure_from_beginning(run: Run) 
     assert USER in run.users().index
 
 
+@pytest.mark.long
 def test_the_index_of_ids_forgets_with_the_table(run: Run) -> None:
     known = KnownEvents(run.tables, str(run.folder / "index"))
     known.refresh()

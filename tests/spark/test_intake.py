@@ -117,6 +117,7 @@ def crashing(monkeypatch: pytest.MonkeyPatch, where: object, step: str) -> None:
 STEPS = [(Intake, "_plan"), (intake, "quarantine"), (KnownEvents, "_append"), (KnownEvents, "_add"), (Intake, "_close")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("where", "step"), STEPS, ids=[step for _, step in STEPS])
 def test_a_crash_after_any_step_loses_and_doubles_nothing(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch, where: object, step: str
@@ -136,6 +137,7 @@ def test_a_crash_after_any_step_loses_and_doubles_nothing(
     assert tuple(audit[name] for name in COUNTS) == (16, 12, 3, 1)
 
 
+@pytest.mark.long
 def test_an_index_that_is_lost_damaged_or_behind_is_brought_up_to_the_table(tables: Tables, folder: Path) -> None:
     drop(folder, "a.csv", rows(range(6)))
     ingest_stream(tables, settings(folder))
@@ -168,6 +170,7 @@ def test_an_index_that_misses_ids_doubles_events_and_the_audit_sees_it(
     assert _ingest_adds_up(tables)["repeated_event_ids"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guarded", [True, False])
 def test_files_ingested_between_look_up_and_append_do_not_come_twice(
     tables: Tables, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
@@ -281,6 +284,7 @@ def test_a_second_stream_is_refused_and_sigterm_stops_within_a_batch(tables: Tab
     assert tally(results[0]) == (6, 6, 0, 0)
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_refused_and_a_new_one_counts_nothing_twice(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +342,7 @@ def test_an_added_column_passes_and_a_removed_or_retyped_one_goes_to_quarantine_
     assert _ingest_adds_up(tables)["holds"]
 
 
+@pytest.mark.long
 def test_a_file_that_cannot_be_read_is_one_row_of_quarantine_or_stops(tables: Tables, folder: Path) -> None:
     drop(folder, "good.csv", rows(range(3)))
     drop(folder, "good.parquet", rows(range(3, 5)))
@@ -353,6 +358,7 @@ def test_a_file_that_cannot_be_read_is_one_row_of_quarantine_or_stops(tables: Ta
     assert {Path(file).name for file in raw} == {"bad.parquet", "empty.csv", "what.xyz"}
 
 
+@pytest.mark.long
 def test_a_source_table_comes_in_by_its_appends_and_a_new_column_passes(tables: Tables, tmp_path: Path) -> None:
     path, spark = str(tmp_path / "others"), tables.spark
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FAST = "model.k=2;train.iterations=2;spark.shuffle_partitions=2;spark.driver_memory=2g"
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("01_quickstart", "05_your_own_oracle")]
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("01_quickstart", "04_operating", "05_your_own_oracle")]
 
 
-@pytest.mark.parametrize("name", ["02_how_it_works", "04_operating", *LONG])
+@pytest.mark.parametrize("name", ["02_how_it_works", *LONG])
 def test_a_notebook_runs_headless(name: str, tmp_path: Path) -> None:
     if name == "01_quickstart":
         try:

@@ -60,6 +60,7 @@ def test_a_worse_candidate_is_refused_and_its_users_are_left_alone(live: Tables)
     assert events_of(live) == {1: 310, 2: 300}
 
 
+@pytest.mark.long
 def test_by_hand_nothing_is_promoted_or_refused(live: Tables) -> None:  # noqa: F811
     retrain(live, settings())
     append(live, rows(np.arange(TRAINED, 300)))
@@ -69,6 +70,7 @@ def test_by_hand_nothing_is_promoted_or_refused(live: Tables) -> None:  # noqa: 
     assert events_of(live) == {1: 300, 2: 300}
 
 
+@pytest.mark.long
 def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:  # noqa: F811
     retrain(live, settings())
     append(live, rows(np.arange(TRAINED, 300)))
@@ -78,6 +80,7 @@ def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:  # noqa: 
     assert "the update of model version 2 is run by" in result["failed_candidates"][2]
 
 
+@pytest.mark.long
 def test_surprise_beyond_the_limit_asks_for_a_retraining_and_a_retraining_answers(live: Tables) -> None:  # noqa: F811
     stop = threading.Event()
     shifted = rows(np.arange(TRAINED, 350))

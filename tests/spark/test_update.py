@@ -154,7 +154,13 @@ def test_nothing_to_do_before_the_first_new_event(live: Tables) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "before"), [("_write_ledger", True), ("_merge", True), ("_merge", False), ("_set_aside", False)]
+    ("step", "before"),
+    [
+        ("_merge", False),
+        ("_set_aside", False),
+        pytest.param("_write_ledger", True, marks=pytest.mark.long),
+        pytest.param("_merge", True, marks=pytest.mark.long),
+    ],
 )
 def test_a_death_at_any_step_loses_and_doubles_nothing(
     live: Tables, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
@@ -233,7 +239,14 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     assert broken(live) == []
 
 
-@pytest.mark.parametrize(("step", "before"), [(None, False), ("_finish_release", True), ("_merge", False)])
+@pytest.mark.parametrize(
+    ("step", "before"),
+    [
+        ("_merge", False),
+        pytest.param(None, False, marks=pytest.mark.long),
+        pytest.param("_finish_release", True, marks=pytest.mark.long),
+    ],
+)
 def test_an_event_of_an_unknown_input_waits_and_is_applied_when_the_input_arrives(
     live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool
 ) -> None:
@@ -265,7 +278,7 @@ def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypa
     assert_same(state(live), applied)
 
 
-@pytest.mark.parametrize("lost", ["", "offsets"])
+@pytest.mark.parametrize("lost", ["", pytest.param("offsets", marks=pytest.mark.long)])
 def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tables, lost: str) -> None:
     append(live, rows(np.arange(TRAINED, 260)))
     update(live, settings())
@@ -278,7 +291,7 @@ def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tab
     ("step", "files"),
     [
         ("_merge", 1),
-        ("_set_aside", 64),
+        pytest.param("_set_aside", 64, marks=pytest.mark.long),
         pytest.param(None, 1, marks=pytest.mark.long),
         pytest.param("_write_ledger", 64, marks=pytest.mark.long),
     ],

@@ -35,6 +35,8 @@ START = datetime(2024, 1, 1, tzinfo=timezone.utc)
 SECONDS = np.random.default_rng(0).integers(0, 100 * 86_400, len(PROBLEM))
 USER = "u3"
 
+pytestmark = pytest.mark.long  # a run of every version's stream for each test
+
 
 def settings(*assignments: str) -> Settings:
     common = ["tables.root=unused", "model.k=1", "train.iterations=2", "encode.min_category_count=1"]
@@ -167,7 +169,6 @@ def test_a_user_is_gone_from_every_table_and_version_and_the_audit_holds_even_af
     assert broken(run) == []
 
 
-@pytest.mark.long
 def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Run(run.tables.spark, run.folder / "other")
     shutil.copytree(run.tables.root, other.tables.root)
@@ -205,7 +206,6 @@ def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeyp
         assert_same(run.users(version), other.users(version))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("half_life", [0, 10])
 def test_single_events_erased_leave_what_a_run_without_them_gives(
     spark: SparkSession, tmp_path: Path, half_life: int
@@ -242,7 +242,6 @@ def test_single_events_erased_leave_what_a_run_without_them_gives(
     assert "users_equal_scratch" not in broken(run)
 
 
-@pytest.mark.long
 def test_a_corrected_event_counts_as_corrected_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = rows(np.array([0, 1, 201, 202]))
     right = wrong.assign(**{LABEL: [9.0, wrong[LABEL][1], -9.0, 9.0], WEIGHT: [1.0, wrong[WEIGHT][1], 1.0, 1.0]})
@@ -284,7 +283,6 @@ def test_a_job_that_updates_a_version_keeps_an_erasure_from_beginning(run: Run) 
     assert USER in run.users().index
 
 
-@pytest.mark.long
 def test_the_index_of_ids_forgets_with_the_table(run: Run) -> None:
     known = KnownEvents(run.tables, str(run.folder / "index"))
     known.refresh()
@@ -311,7 +309,6 @@ def test_corrections_that_are_none_change_nothing(run: Run) -> None:
     assert run.tables.version(schema.EVENTS) == before
 
 
-@pytest.mark.long
 def test_another_loss_is_replayed_without_the_erased_and_refitted_where_the_order_is_lost(
     spark: SparkSession, tmp_path: Path
 ) -> None:

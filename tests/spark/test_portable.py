@@ -116,6 +116,7 @@ def mlflow(tmp_path, monkeypatch):
     return pytest.importorskip("mlflow")
 
 
+@pytest.mark.long
 def test_mlflow_has_the_run_and_its_model_predicts_in_a_clean_process(spark, saved, mlflow, tmp_path):
     store = (tmp_path / "mlruns").as_uri()
     tables = filled(spark, tmp_path / "tables")
@@ -143,6 +144,7 @@ def test_mlflow_has_the_run_and_its_model_predicts_in_a_clean_process(spark, sav
     np.testing.assert_allclose(pd.read_parquet(tmp_path / "said.parquet"), saved.expected, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_a_model_over_the_limit_is_not_logged(spark, mlflow, tmp_path):
     store = (tmp_path / "mlruns").as_uri()
     assignments = [*FAST, f"mlflow.tracking_uri={store}", "mlflow.model_limit_mb=0"]
@@ -150,6 +152,7 @@ def test_a_model_over_the_limit_is_not_logged(spark, mlflow, tmp_path):
     assert mlflow.search_logged_models(output_format="list") == []
 
 
+@pytest.mark.long
 def test_a_version_stands_though_mlflow_fails(spark, mlflow, tmp_path):
     (tmp_path / "occupied").write_text("no folder")
     store = (tmp_path / "occupied").as_uri()

@@ -76,6 +76,7 @@ def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> N
     assert not Path(nowhere.root).exists()
 
 
+@pytest.mark.long
 def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     real = Tables.version_at
     monkeypatch.setattr(
@@ -85,6 +86,7 @@ def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.Mo
         explain(live, "u1", "x1", datetime.now(timezone.utc))
 
 
+@pytest.mark.long
 def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     at = datetime.now(timezone.utc)
     time.sleep(0.1)

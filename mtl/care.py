@@ -24,31 +24,29 @@ _SHARED = (schema.EVENTS, schema.QUARANTINE, schema.LEDGER, schema.PROGRESS)
 class Care:
     """Compacts after every so many batches, vacuums after every so many compactions."""
 
-    def __init__(self, settings: CareSettings):
+    def __init__(self, tables: Tables, settings: CareSettings):
+        self.tables = tables.apart()  # the streams' sessions may hold a transaction's id just now
         self.settings = settings
-        self._batches: dict[int, int] = {}  # of each version, at its last compaction
-        self._compactions = 0
+        self._batches: dict[int, int] = {}  # of each version, at the last look
 
     def look(self, streams: Mapping[int, Stream], live: int | None) -> None:
         """Compact what has had its batches; one stream at a time, each between two of its batches."""
         every = self.settings.compact_every_batches
         for version, stream in streams.items():
-            done = stream.updater.tally.batches
-            if not every or done - self._batches.get(version, 0) < every:
-                continue
+            before, done = self._batches.get(version, stream.batches_before), stream.batches
             self._batches[version] = done
+            if not every or done // every == before // every:
+                continue
             with stream.updater.lock:
                 for table in _OF_A_VERSION:
-                    compact(stream.tables, table, version)
+                    compact(self.tables, table, version)
             if version == live:
                 for table in _SHARED:
-                    compact(stream.tables, table)
-                self._compactions += 1
-                if self.settings.vacuum_every_compactions and not (
-                    self._compactions % self.settings.vacuum_every_compactions
-                ):
+                    compact(self.tables, table)
+                rarely = every * self.settings.vacuum_every_compactions
+                if rarely and done // rarely != before // rarely:
                     for table in (*_OF_A_VERSION, *_SHARED):
-                        vacuum(stream.tables, table)
+                        vacuum(self.tables, table)
 
 
 def compact(tables: Tables, table: str, version: int | None = None) -> None:

@@ -14,9 +14,14 @@ Place = tuple[int, int]  # a commit, and the number of a file among those that i
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder of Spark's, on a path that this process can read."""
+    """A checkpoint folder of Spark's, on a path that this process can read.
+
+    Args:
+        advice: what to do where it is damaged; ends every error.
+    """
 
     folder: str
+    advice: str
 
     @property
     def is_new(self) -> bool:
@@ -33,7 +38,7 @@ class Checkpoint:
             with open(f"{self.folder}/metadata") as file:
                 return json.load(file)["id"]
         except (ValueError, KeyError) as error:
-            raise ReplayError(f"{self.folder}/metadata is damaged. {RECOVERY}") from error
+            raise ReplayError(f"{self.folder}/metadata is damaged. {self.advice}") from error
 
     def offsets(self, number: int) -> str:
         """Where batch ``number`` ends in the source, as Spark wrote it before the batch.
@@ -46,9 +51,11 @@ class Checkpoint:
             with open(path) as file:
                 return file.read().splitlines()[2]
         except FileNotFoundError as error:
-            raise ReplayError(f"{self.folder} has lost batch {number}, which the ledger knows. {RECOVERY}") from error
+            raise ReplayError(
+                f"{self.folder} has lost batch {number}, which the ledger knows. {self.advice}"
+            ) from error
         except (IndexError, ValueError) as error:
-            raise ReplayError(f"{path} is damaged. {RECOVERY}") from error
+            raise ReplayError(f"{path} is damaged. {self.advice}") from error
 
     def begins_by(self, number: int, commit: int) -> bool:
         """Whether batch ``number`` may read from ``commit`` of the source or from one before."""
@@ -80,6 +87,3 @@ def end_of(offsets: str) -> Place:
 def offsets_at(place: Place) -> str:
     """The way back from :func:`end_of`."""
     return json.dumps({"reservoirVersion": place[0], "index": place[1]})
-
-
-RECOVERY = "To start anew from the last batch that the ledger has: jobs/update.py --recover"

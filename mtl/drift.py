@@ -18,6 +18,7 @@ from mtl.gaussian import Array
 from mtl.model import Model
 from mtl.progress import Progress
 from mtl.schema import INPUT_ID, MODEL_VERSION
+from mtl.sharing import share
 from mtl.tables import Tables
 
 _MEAN, _STD = "phi_mean", "phi_std"  # in a version's metrics
@@ -65,7 +66,7 @@ def seen_in_training(rows: DataFrame, ids: pa.Array, counts: np.ndarray, d: int)
         rows: input_id and phi, of a version's rows of the features table.
         ids, counts: inputs and the events of each, (n,).
     """
-    shared = rows.sparkSession.sparkContext.broadcast((ids, counts))
+    shared = share(rows.sparkSession, (ids, counts))
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:

@@ -41,6 +41,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.batches import Batch, IngestReport, close, count_rows, counts, open_batches, plan, recover
+from mtl.checkpoint import Checkpoint
 from mtl.config import Settings
 from mtl.errors import ConfigError, MtlError, ReplayError
 from mtl.ingest import distinct_events, merge_events, quarantine
@@ -72,19 +73,19 @@ class Tally:
 class Intake:
     """Takes micro-batches of a source into the tables; one at a time."""
 
-    def __init__(self, tables: Tables, settings: Settings, source: Source, checkpoint: str):
-        self.tables, self.settings, self.source, self.checkpoint = tables, settings, source, checkpoint
-        self.seen = Columns(f"{checkpoint}-columns.json")
-        self.known = KnownEvents(tables, f"{checkpoint}-ids")
+    def __init__(self, tables: Tables, settings: Settings, source: Source, folder: str):
+        self.tables, self.settings, self.source = tables, settings, source
+        self.checkpoint = Checkpoint(folder, _ADVICE)
+        self.seen = Columns(f"{folder}-columns.json")
+        self.known = KnownEvents(tables, f"{folder}-ids")
         self.lock = threading.Lock()
         self.tally = Tally()
         self.failure: Exception | None = None
 
     def batch(self, number: int) -> Batch:
         """Micro-batch ``number``: a new checkpoint is a new application, or Delta would skip its first batches."""
-        with open(f"{self.checkpoint}/metadata") as file:
-            # 16 digits, for Delta's statistics of a column hold 32 characters.
-            return Batch(json.load(file)["id"].replace("-", "")[:16], number)
+        # 16 digits, for Delta's statistics of a column hold 32 characters.
+        return Batch(self.checkpoint.id.replace("-", "")[:16], number)
 
     def apply(self, batch: DataFrame, number: int) -> None:
         """Micro-batch ``number`` of the stream, first time or repeated.
@@ -135,7 +136,7 @@ class Intake:
         rows = self.tables.read(LEDGER).where(same).collect()
         if any(row[schema.STATE] == schema.ABANDONED for row in rows):
             raise ReplayError(
-                f"batch {batch.number} of {self.checkpoint} was abandoned when the stream began from another "
+                f"batch {batch.number} of {self.checkpoint.folder} was abandoned when the stream began from another "
                 f"checkpoint; nothing was ingested. {_ADVICE}"
             )
         for row in rows:
@@ -143,7 +144,7 @@ class Intake:
                 raise ReplayError(
                     f"batch {batch.number} of {batch.application} was {row[schema.FINGERPRINT]} at "
                     f"{row[schema.OFFSETS]} and now is {marks[schema.FINGERPRINT]} at {marks[schema.OFFSETS]}: the checkpoint "
-                    f"{self.checkpoint} is damaged, or files, model.loss or the columns changed since; nothing was "
+                    f"{self.checkpoint.folder} is damaged, or files, model.loss or the columns changed since; nothing was "
                     f"ingested. {_ADVICE}"
                 )
         return next((row for row in rows if row[schema.STATE] == schema.DONE), None)
@@ -168,12 +169,8 @@ class Intake:
 
     def _offsets(self, number: int) -> str:
         """Where the batch begins and ends in the source, as Spark wrote it before the batch."""
-
-        def end(of: int) -> Any:
-            with open(f"{self.checkpoint}/offsets/{of}") as file:
-                return json.loads(file.read().splitlines()[2])
-
-        return json.dumps({"start": end(number - 1) if number else None, "end": end(number)})
+        start, end = (json.loads(self.checkpoint.offsets(of)) if of >= 0 else None for of in (number - 1, number))
+        return json.dumps({"start": start, "end": end})
 
     def start(self) -> None:
         """Refuse a checkpoint that cannot be the one behind the ledger, and close what other checkpoints left open.
@@ -182,12 +179,12 @@ class Intake:
             ReplayError: it has lost a batch that the ledger knows.
         """
         application = ""
-        if os.path.exists(f"{self.checkpoint}/metadata"):
+        if not self.checkpoint.is_new:
             application = self.batch(0).application
             rows = self.tables.read(LEDGER).where(F.col(schema.APPLICATION_ID) == application)
             last = rows.agg(F.max(schema.BATCH_ID)).first()[0]
-            if last is not None and not os.path.exists(f"{self.checkpoint}/offsets/{last}"):
-                raise ReplayError(f"{self.checkpoint} has lost batch {last}, which the ledger knows. {_ADVICE}")
+            if last is not None:
+                self.checkpoint.offsets(last)
         recover(self.tables, self.settings.ingest.recover_after_minutes, stream=application)
 
 
@@ -251,7 +248,7 @@ def checkpoint_of(tables: Tables, settings: Settings, source: Source) -> str:
 
 def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.Event) -> None:
     seconds = intake.settings.source.trigger_seconds
-    writer = rows.writeStream.foreachBatch(intake.apply).option("checkpointLocation", intake.checkpoint)
+    writer = rows.writeStream.foreachBatch(intake.apply).option("checkpointLocation", intake.checkpoint.folder)
     writer = writer.trigger(availableNow=True) if available_now else writer.trigger(processingTime=f"{seconds} seconds")
     query = writer.queryName(f"ingest-{intake.source.slug}").start()
     with _stopped(query, intake.lock):

@@ -7,22 +7,24 @@ one gave to the users is known from the ledger; whether its very last batch reac
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from pyspark.sql import Column, Row
 from pyspark.sql import functions as F
 
 from mtl import schema
-from mtl.checkpoint import RECOVERY, Checkpoint, Place, end_of, offsets_at
+from mtl.checkpoint import Checkpoint, Place, end_of, offsets_at
 from mtl.errors import ReplayError
 from mtl.ledger import ERASE, UPDATE, added, batches_of, last_batch, ledger_of
+from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.replay import files_added, ids_of_files
-from mtl.schema import MODEL_VERSION
+from mtl.schema import INPUT_ID, MODEL_VERSION
 from mtl.tables import Tables
-from mtl.updater import Already, Updater
+from mtl.updater import Already, Updater, mark_of
 
 log = logging.getLogger("mtl")
+
+RECOVERY = "To start anew from the last batch that the ledger has: jobs/update.py --recover"
 
 
 def check(updater: Updater) -> None:
@@ -69,13 +71,10 @@ def already_applied(updater: Updater) -> Already | None:
     return Already(commit, ids_of_files(updater.tables, read).select(schema.EVENT_ID))
 
 
-def recover(tables: Tables, model: Model, checkpoint: Checkpoint) -> dict[str, Any]:
+def recover(tables: Tables, model: Model, checkpoint: Checkpoint) -> None:
     """Put the checkpoint aside, such that the next one goes on after the last batch that users hold.
 
     May be repeated after a crash at any step. The caller holds the version's lock and has finished its releases.
-
-    Returns:
-        Where the old checkpoint is now, and the batch that the next one follows (None: training).
 
     Raises:
         ReplayError: users hold neither what the ledger says with its last batch nor without it.
@@ -85,8 +84,8 @@ def recover(tables: Tables, model: Model, checkpoint: Checkpoint) -> dict[str, A
         last = _without_the_unapplied(tables, model, last)
         _mark(tables, model, end_of(last[schema.OFFSETS]) if last else (model.events_version + 1, -1))
     aside = checkpoint.set_aside()
-    log.info("update: model version %d goes on after %s; the old checkpoint is %s", model.version, last, aside)
-    return {"checkpoint_was": aside, "after_batch": last[schema.BATCH_ID] if last else None}
+    after = f"batch {last[schema.BATCH_ID]}" if last else "training"
+    log.info("update: model version %d goes on after %s; the old checkpoint is now %s", model.version, after, aside)
 
 
 def _without_the_unapplied(tables: Tables, model: Model, last: Row) -> Row | None:
@@ -102,9 +101,21 @@ def _without_the_unapplied(tables: Tables, model: Model, last: Row) -> Row | Non
             f"the users of model version {model.version} hold {held} events; the ledger has {recorded} with its last batch "
             f"and {recorded - last[schema.ACCEPTED]} without: train a new version with jobs/retrain.py"
         )
+    _take_back_what_was_learnt(tables, model, last)
     tables.delta(schema.PROGRESS).delete(_same_batch(last))
     tables.delta(schema.LEDGER).delete(_same_batch(last))
     return last_batch(tables, model.version)
+
+
+def _take_back_what_was_learnt(tables: Tables, model: Model, last: Row) -> None:
+    """Give arrivals the features that they had before the batch: they come before its users, and will come again."""
+    commits = tables.commits_with(schema.FEATURES, mark_of(last[schema.APPLICATION_ID], last[schema.BATCH_ID]))
+    if not commits:
+        return
+    before = features_of(tables, model, commits[0] - 1).where(F.col(schema.N_EVENTS).isNotNull())
+    same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = before.{INPUT_ID}"
+    merge = tables.delta(schema.FEATURES).alias("stored").merge(before.alias("before"), same)
+    merge.whenMatchedUpdateAll().execute()
 
 
 def drop_unplanned(tables: Tables, version: int) -> None:

@@ -14,7 +14,7 @@ from mtl.config import Settings
 from mtl.errors import ConfigError
 from mtl.lock import exclusive
 from mtl.model import Model
-from mtl.recover import already_applied, check, drop_unplanned, recover, starting_place
+from mtl.recover import RECOVERY, already_applied, check, drop_unplanned, recover, starting_place
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.sharing import cores
 from mtl.tables import Tables
@@ -42,11 +42,12 @@ class Stream:
         # The rows to merge are computed and kept by us: Delta need not make a copy of its own.
         self.tables.spark.conf.set("spark.databricks.delta.merge.materializeSource", "none")
         self.query: StreamingQuery | None = None
-        checkpoint = Checkpoint(folder_of(tables, settings, model.version))
+        checkpoint = Checkpoint(folder_of(tables, settings, model.version), RECOVERY)
         self._held = ExitStack()
         self._held.enter_context(exclusive(f"{checkpoint.folder}.lock", f"the update of model version {model.version}"))
         try:
             self.updater = self._open(checkpoint, from_ledger)
+            self.batches_before = self.batches  # of earlier runs
         except BaseException:
             self._held.close()
             raise
@@ -105,11 +106,16 @@ class Stream:
             self._held.close()
 
     @property
+    def batches(self) -> int:
+        """Batches that are done, of all runs with this checkpoint."""
+        checkpoint = self.updater.checkpoint
+        return max((number + 1 for number in checkpoint.planned() if checkpoint.has_committed(number)), default=0)
+
+    @property
     def consumed(self) -> int:
         """The last commit of events of which every file has been applied."""
-        checkpoint = self.updater.checkpoint
-        done = [] if checkpoint.is_new else [n for n in checkpoint.planned() if checkpoint.has_committed(n)]
-        place = end_of(checkpoint.offsets(done[-1])) if done else starting_place(self.updater)
+        done = self.batches
+        place = end_of(self.updater.checkpoint.offsets(done - 1)) if done else starting_place(self.updater)
         return place[0] - 1  # also where it is within the commit
 
     def _start(self, trigger: dict[str, str | bool]) -> None:

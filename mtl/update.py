@@ -80,7 +80,7 @@ class Fleet:
         self._failed: dict[int, str] = {}  # candidates whose stream died: they hold nobody up
         self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops
         self._retraining: threading.Thread | None = None
-        self._care = Care(settings.care)
+        self._care = Care(tables, settings.care)
         where = settings.update.metrics_host, settings.update.metrics_port
         self.watch = Watch(*where) if settings.update.metrics_port else None
         self.live = models.live_version(tables)

@@ -37,7 +37,7 @@ from pyspark.sql import functions as F
 from mtl import arrivals, progress, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
-from mtl.checkpoint import RECOVERY, Checkpoint
+from mtl.checkpoint import Checkpoint
 from mtl.errors import ReplayError
 from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
@@ -143,7 +143,7 @@ class Updater:
             raise ReplayError(
                 f"batch {number} of {application} was {planned[schema.FINGERPRINT]} at {planned[schema.OFFSETS]} and now "
                 f"is {fingerprint} at {offsets}: the checkpoint {self.checkpoint.folder} is damaged; nothing was applied. "
-                f"{RECOVERY}"
+                f"{self.checkpoint.advice}"
             )
         unknown = pa.array([]) if planned else self._know(totals[INPUT_ID].combine_chunks())
         if len(unknown):
@@ -271,7 +271,7 @@ class Updater:
         learnt = arrivals.learn(rows, evidence[index_of(rows[INPUT_ID], codes.dictionary)], self.model)
         new = self.tables.spark.createDataFrame(learnt).alias("new")
         same = f"stored.{MODEL_VERSION} = {self.model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
-        with self.tables.once(application, number):
+        with self.tables.marked(mark_of(application, number)), self.tables.once(application, number):
             self.tables.delta(schema.FEATURES).alias("stored").merge(new, same).whenMatchedUpdateAll().execute()
         # As the table has them: a repeated batch's were there already.
         self.inputs = arrivals.renewed(self.inputs, self._features_of(codes.dictionary), self.model)
@@ -352,6 +352,11 @@ class Updater:
 
     def _ids(self, inputs: pa.Array) -> DataFrame:
         return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))
+
+
+def mark_of(application: str, number: int) -> str:
+    """Metadata of the commit by which a batch's arrivals were learnt."""
+    return f"{application} batch {number}"
 
 
 def _progress(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:

@@ -239,6 +239,18 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     assert broken(live) == []
 
 
+def test_recovery_does_not_learn_an_input_twice(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
+    append(live, rows(np.arange(TRAINED, 265)).assign(input_id="new"))
+    with dying(monkeypatch, "_learn_arrivals", before=False):  # its features are written, its users are not
+        update(live, settings())
+    shutil.rmtree(folder_of(live, settings(), 1))
+    update(live, settings(), from_ledger=True)
+    stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").first()
+    assert stored[schema.N_EVENTS] == 15
+    assert broken(live) == []
+
+
 @pytest.mark.parametrize(
     ("step", "before"),
     [

@@ -18,7 +18,6 @@ from mtl import models, schema
 from mtl.care import Care
 from mtl.checkpoint import end_of
 from mtl.config import Settings
-from mtl.errors import MtlError
 from mtl.ledger import batches_of
 from mtl.models import load_model
 from mtl.retrain import retrain
@@ -209,8 +208,8 @@ class Fleet:
     def _retrain(self) -> None:
         try:
             retrain(self.tables.apart(), self.settings)
-        except MtlError as error:
-            log.error("update: the retraining failed: %s", error)
+        except Exception as error:  # of a thread: nobody else would hear of it
+            log.error("update: the retraining failed, and the request stays: %s", error)
 
 
 def compare_versions(tables: Tables, candidate: int, live: int) -> Comparison:

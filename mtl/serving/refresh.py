@@ -27,7 +27,7 @@ from mtl.serving.coverage import Coverage
 from mtl.serving.overlay import Overlay, Status
 from mtl.serving.records import cycle_of, digest, is_described_only, pack_described, pack_users
 from mtl.serving.source import AddedFile, Expired, Source
-from mtl.serving.store import Live, Store, new_feature_files, prefix, write_features
+from mtl.serving.store import Live, Store, new_feature_files, prefix, rewrite_features, write_features
 from mtl.serving.takeover import GRACE_SECONDS, Takeover
 
 log = logging.getLogger("mtl")
@@ -228,17 +228,32 @@ class Refresher:
         except _Reload:
             log.info("serve: the features table was rewritten: reading it anew")
             added = None
-        n = live.n_inputs + sum(rows.num_rows for rows in added or ())
+        new = [self._without_known(live, rows) for rows in added or ()]
+        n = live.n_inputs + sum(rows.num_rows for rows in new)
         if added is None or n > live.capacity:
             self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
             return True
-        if n == live.n_inputs:
-            return False
         first = live.n_inputs
-        for rows in added:
+        for rows in new:
             first = self._append_features(live, first, rows)
-        self.store.write_live(replace(live, n_inputs=n))
-        return True
+        if n > live.n_inputs:
+            self.store.write_live(replace(live, n_inputs=n))
+        return bool(added)
+
+    def _without_known(self, live: Live, rows: pa.Table) -> pa.Table:
+        """The rows of inputs that the store does not have; those that it has it has anew (:mod:`mtl.arrivals`).
+
+        They are written where they are, and seen at once: a reader may for an instant have one row half old, half new.
+        """
+        with self.store.reading() as transaction:
+            generation = prefix(live.generation)
+            places = [self.store.input_row(transaction, generation, digest(i)) for i in rows[INPUT_ID].to_pylist()]
+        known = np.array([place is not None and place < live.n_inputs for place in places], bool)
+        if known.any():
+            packed = scorer.feature_rows(from_rows(rows.filter(pa.array(known)), live.d))
+            at = np.array([place for place, is_known in zip(places, known, strict=True) if is_known])
+            rewrite_features(self.store.folder, live, at, packed, scorer.top_columns(packed, live.d))
+        return rows.filter(pa.array(~known))
 
     def _follow_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
         try:

@@ -325,6 +325,15 @@ def write_features(folder: Path, live: Live, first: int, rows: Array, top: Array
         os.fsync(file.fileno())
 
 
+def rewrite_features(folder: Path, live: Live, places: Array, rows: Array, top: Array) -> None:
+    """Put other features in the rows at ``places``, (n,); the rest as for :func:`write_features`."""
+    at_rows = np.memmap(folder / live.features, np.float64, "r+", shape=(live.n_inputs, rows.shape[1]))
+    at_top = np.memmap(folder / live.top, np.float32, "r+", shape=(live.d, live.capacity))
+    at_rows[places], at_top[:, places] = rows, top
+    at_rows.flush()
+    at_top.flush()
+
+
 def read_features(folder: Path, live: Live, width: int) -> tuple[Array, Array]:
     """The rows (n, width) and the columns (d, n) of what is shown, mapped, not read."""
     if not live.n_inputs:

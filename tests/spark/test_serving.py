@@ -283,6 +283,23 @@ def test_a_features_table_that_was_rewritten_is_read_anew(copy: Copy) -> None:
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
 
 
+def test_an_input_that_is_learnt_online_has_one_row_here_and_its_newest(copy: Copy) -> None:
+    new = pd.DataFrame({INPUT_ID: ["late"], "year": [0.5], "colour": ["red"]})
+    copy.tables.append(INPUTS, copy.tables.spark.createDataFrame(new))
+    sizes, offsets = [], []
+    for part in np.array_split(np.arange(TRAINED, 270), 2):
+        append(copy.tables, rows(part).assign(**{INPUT_ID: "late", LABEL: 9.0}))
+        update(copy.tables, settings())
+        view = copy.refresh()
+        assert_same_as_score(copy, USERS_ASKED, [*INPUTS_ASKED, "late"])
+        sizes.append(len(view.rows))
+        offsets.append(view.rows_of(["late"]).rows[0, -1])
+        best = view.ids(view.best(view.unknown_weights, len(view.rows)))
+        assert sorted(best) == sorted(set(best))
+    assert sizes[0] == sizes[1]
+    assert offsets[0] < offsets[1]
+
+
 @pytest.mark.long
 def test_observations_of_a_log_that_is_read_again_count_once(copy: Copy) -> None:
     copy.refresh()

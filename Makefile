@@ -19,10 +19,10 @@ demo: setup ## the whole product on a small data set (DEMO_ARGS="…")
 	@$(PY) jobs/demo.py $(DEMO_ARGS)
 
 test: setup ## the tests, in two processes (TEST_ARGS="-k name")
-	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile -m "not long" $(TEST_ARGS)
+	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(TEST_ARGS)
 
 test-long: setup ## the tests that make test leaves out: a Kafka broker, notebooks, more deaths
-	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile -m long $(TEST_ARGS)
+	@$(PY) -m pytest tests --ignore=tests/bench --ignore=tests/cluster -n 2 --dist loadfile --no-loadscope-reorder -m long $(TEST_ARGS)
 
 test-fast: setup ## the pure tests: no Spark, seconds
 	@$(PY) -m pytest tests/test_*.py $(TEST_ARGS)
@@ -43,7 +43,7 @@ bench: setup ## how long retraining, ingesting, updating and recommending take
 	@$(PY) tests/bench/recommend.py
 
 faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (an hour or more)
-	@FAULTS=long $(PY) -m pytest tests/faults $(TEST_ARGS)
+	@FAULTS=long $(PY) -m pytest tests/faults -n 2 -rP $(TEST_ARGS)
 
 figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester)
 	@$(PY) tests/bench/figure1.py --out figures

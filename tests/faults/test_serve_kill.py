@@ -14,11 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "serving"), str(ROOT / "tests" / "faults")]
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from made_up import EVENTS_BEFORE, fill  # noqa: E402
 from running import Server, insist  # noqa: E402
-from test_kill import LONG, PROBLEM, run, write  # noqa: E402
+from pyspark.sql import SparkSession  # noqa: E402
+from test_kill import LONG, PROBLEM, Place  # noqa: E402
 
+from mtl.audit import audit  # noqa: E402
 from mtl.serving.observations import read, sealed  # noqa: E402
 from mtl.serving.store import Store  # noqa: E402
 
@@ -88,9 +91,10 @@ def test_kill_9_of_any_process_loses_and_doubles_no_observation(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not LONG, reason="of the long campaign: make faults")
-def test_kill_9_while_rows_take_over_from_observations(tmp_path: Path) -> None:
-    run("ingest", tmp_path, "--events", write(tmp_path, "base.csv", range(len(PROBLEM))))  # type: ignore[arg-type]
-    run("retrain", tmp_path)
+def test_kill_9_while_rows_take_over_from_observations(spark: SparkSession, tmp_path: Path) -> None:
+    place = Place(tmp_path, spark)
+    place.ingest(place.write("base.csv", np.arange(len(PROBLEM))))
+    place.retrain()
     store, stop = tmp_path / "tables" / "_serving", threading.Event()  # where it is by default
     with Server(tmp_path / "tables", "serve.refresh_seconds=0.2", "serve.segment_seconds=2") as server:
         before = counts(server.port)
@@ -101,8 +105,8 @@ def test_kill_9_while_rows_take_over_from_observations(tmp_path: Path) -> None:
         killer_stop = threading.Event()
         killer = threading.Thread(target=kill_some, args=(server, killer_stop, 600.0, 6.0))
         killer.start()
-        run("ingest", tmp_path, "--events", str(store / "observations"))
-        run("update", tmp_path, "--available-now")
+        place.ingest(str(store / "observations"))
+        place.update()
         stop.set()
         for client in clients:
             client.join(60)
@@ -112,14 +116,14 @@ def test_kill_9_while_rows_take_over_from_observations(tmp_path: Path) -> None:
         wanted = {user: before[user] + expected[user] for user in before}
         assert counts(server.port) == wanted  # some in rows, some not yet
         time.sleep(1)
-        run("ingest", tmp_path, "--events", str(store / "observations"))
-        run("update", tmp_path, "--available-now")
+        place.ingest(str(store / "observations"))
+        place.update()
         ends = time.monotonic() + 60
         while (left := sum(insist(server.port, "GET", f"/v1/users/{user}")["n_unconfirmed"] for user in before)) > 0:
             assert time.monotonic() < ends, f"{left} observations were not taken over"
             assert counts(server.port) == wanted
             time.sleep(0.5)
         assert counts(server.port) == wanted
-    audit = run("audit", tmp_path)
-    assert audit["failed"] is False
-    assert audit["checks"]["update_adds_up"]["in_users"] == len(PROBLEM) + sum(expected.values())
+    checked = audit(place.tables, place.settings)
+    assert not checked["broken"]
+    assert checked["checks"]["update_adds_up"]["in_users"] == len(PROBLEM) + sum(expected.values())

@@ -84,7 +84,7 @@ def test_logistic_loss_from_files_to_errors_with_users_that_equal_a_replay(
     with monkeypatch.context() as patch:
         turn = F.col(TURN)
         backwards = lambda *of: replay.in_turns(*of).withColumn(TURN, F.when(turn > 0, 99 - turn).otherwise(turn))  # noqa: E731
-        patch.setattr("mtl.audit.in_turns", backwards)
+        patch.setattr("mtl.rebuild.in_turns", backwards)
         another_order = _users_equal_scratch(tables, load_model(tables), 1e-8)
     assert not another_order["holds"]
     assert not another_order["counts_differ"]

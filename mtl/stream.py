@@ -39,8 +39,10 @@ class Stream:
         self.settings = settings
         self.model = model
         self.tables = tables.apart()
-        # The rows to merge are computed and kept by us: Delta need not make a copy of its own.
+        # The rows to merge are computed and kept by us: Delta need not make a copy of its own. Nor one task write them all,
+        # as it does to have one file a partition: files are compacted later (mtl.care).
         self.tables.spark.conf.set("spark.databricks.delta.merge.materializeSource", "none")
+        self.tables.spark.conf.set("spark.databricks.delta.merge.repartitionBeforeWrite.enabled", "false")
         self.query: StreamingQuery | None = None
         checkpoint = Checkpoint(folder_of(tables, settings, model.version), RECOVERY)
         self._held = ExitStack()

@@ -132,11 +132,11 @@ class Updater:
             batch = batch.join(self.already.events, EVENT_ID, "left_anti")
         totals = (
             batch.groupBy(INPUT_ID)
-            .agg(F.count(EVENT_ID).alias("n"), F.sum(F.xxhash64(EVENT_ID).cast("decimal(38,0)")).alias("hash"))
+            .agg(F.count(EVENT_ID).alias("n"), F.bit_xor(F.xxhash64(EVENT_ID)).alias("hash"))
             .toArrow()
         )
         n = sum(totals["n"].to_pylist())
-        fingerprint = f"{n}:{sum(map(int, totals['hash'].to_pylist()))}"
+        fingerprint = f"{n}:{np.bitwise_xor.reduce(totals['hash'].to_numpy())}"
         planned = self._row(schema.LEDGER, application, number) if self._may_repeat(application) else None
         if planned and (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
             raise ReplayError(

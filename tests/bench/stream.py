@@ -2,7 +2,8 @@
 
 The floor of a batch is what no update query can do without: its events and the rows of their users read and shuffled by
 user, and a MERGE of as many ready-made rows into a copy of the users table. Both take ``--batches`` batches of each size
-one after the other, in one session. The ledger, the progressive validation and the arithmetic are ours on top.
+one after the other, in one process, the floor with Delta's settings as they come. The ledger, the progressive validation
+and the arithmetic are ours on top.
 
     python tests/bench/stream.py [--users 100000 1000000 --batches-of 20000 200000 1000000 --k 10]
 """
@@ -99,7 +100,7 @@ def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
 def measure(tables: Tables, stream: Stream, n_users: int, n_events: int, batches: int) -> dict:
     """Ours: ``batches`` micro-batches of one run of the query, after one that is not counted. The floor: as many in a row."""
     spark = tables.spark
-    floor = Tables(stream.tables.spark, str(Path(tables.root) / "floor"))  # the same settings
+    floor = Tables(tables.spark, str(Path(tables.root) / "floor"))
     touched = int(n_users * (1 - np.exp(-n_events / n_users)))
     ready = f"{tables.root}/ready-{n_events}"
     states(spark, touched, stream.model.d).select(*WRITTEN, MODEL_VERSION).write.parquet(ready)

@@ -50,6 +50,8 @@ from mtl.users import MEASURED, MEASURED_OF, WRITTEN, SharedInputs, prior_means,
 
 log = logging.getLogger("mtl")
 
+BROADCAST_AT_MOST = 4_000_000  # events, whose users' ids are some 60 bytes each in memory
+
 
 @dataclass
 class Tally:
@@ -221,6 +223,8 @@ class Updater:
         """The progress row and one MERGE of the events' users, at most once each for (application, number)."""
         version = self.model.version
         users = events.select(USER_ID).distinct()
+        if n <= BROADCAST_AT_MOST:
+            users = F.broadcast(users)  # else every state is shuffled to find out which are asked for
         states = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).join(users, USER_ID, "left_semi")
         attributes = self.tables.read(schema.USER_ATTRIBUTES)
         described = None

@@ -111,6 +111,7 @@ def test_training_stream_and_audit_forget_alike_and_as_the_version_says(
     assert "users_equal_scratch" in audit(tables, now)["broken"]
 
 
+@pytest.mark.long
 def test_training_sees_aged_events_and_a_huge_half_life_changes_nothing(spark: SparkSession, tmp_path: Path) -> None:
     tables = Tables(spark, str(tmp_path / "tables"))
     ingest(tables, tmp_path, rows(np.arange(len(PROBLEM))), settings())

@@ -29,6 +29,7 @@ USERS = [*(f"u{i}" for i in range(20)), "u90", "nobody", *(f"v{i}" for i in rang
 INPUTS = [*(f"x{i}" for i in range(12)), "unheard"]
 
 
+@pytest.mark.long
 def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables) -> None:  # noqa: F811
     pairs = live.spark.createDataFrame(list(itertools.product(USERS, INPUTS)), f"{USER_ID} string, {INPUT_ID} string")
     logged = {}

@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT / "tests" / "serving"), str(ROOT / "tests" / "faults")]
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from made_up import EVENTS_BEFORE, fill  # noqa: E402
-from running import Server, insist  # noqa: E402
 from pyspark.sql import SparkSession  # noqa: E402
+from running import Server, insist  # noqa: E402
 from test_kill import LONG, PROBLEM, Place  # noqa: E402
 
 from mtl.audit import audit  # noqa: E402

@@ -54,12 +54,13 @@ def rows(events: np.ndarray, users: str = "u", inputs: str = "x") -> pd.DataFram
     )
 
 
-def append(tables: Tables, events: pd.DataFrame) -> None:
-    """One commit of one file."""
+def append(tables: Tables, events: pd.DataFrame, files: int = 1) -> None:
+    """One commit."""
     missing = [
         F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[schema.EVENTS] if c.name not in events
     ]
-    new = tables.spark.createDataFrame(events).select("*", *missing).coalesce(1)
+    new = tables.spark.createDataFrame(events).select("*", *missing)
+    new = new.coalesce(1) if files == 1 else new.repartition(files)
     tables.append(schema.EVENTS, new.select(schema.SCHEMAS[schema.EVENTS].names))
 
 
@@ -290,6 +291,47 @@ def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypa
     assert_same(state(live), applied)
 
 
+@pytest.mark.long
+def test_without_the_comparison_of_fingerprints_the_audit_sees_lost_events(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(live, rows(np.arange(TRAINED, 260)))
+    with dying(monkeypatch, "_merge", before=False):
+        update(live, settings())
+    append(live, rows(np.arange(260, 280)))
+    planned = Path(folder_of(live, settings(), 1), "offsets", "0")
+    planned.with_name(".0.crc").unlink()
+    planned.write_text(planned.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
+    monkeypatch.setattr("mtl.stream.check", lambda updater: None)
+    monkeypatch.setattr(Updater, "_may_repeat", lambda self, application: False)
+    update(live, settings())
+    assert {"update_adds_up", "users_equal_scratch"} <= {*broken(live)}
+
+
+@pytest.mark.long
+def test_without_a_look_at_the_ledger_the_audit_sees_a_batch_twice(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(live, rows(np.arange(TRAINED, 260)))
+    with dying(monkeypatch, "_merge", before=False):
+        update(live, settings())
+    monkeypatch.setattr(Updater, "_may_repeat", lambda self, application: False)
+    update(live, settings())
+    assert "update_adds_up" in broken(live)
+
+
+@pytest.mark.long
+def test_without_the_comparison_of_checkpoints_the_audit_sees_doubled_events(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(live, rows(np.arange(TRAINED, 260)))
+    update(live, settings())
+    shutil.rmtree(folder_of(live, settings(), 1))
+    monkeypatch.setattr("mtl.stream.check", lambda updater: None)
+    update(live, settings())
+    assert "users_equal_scratch" in broken(live)
+
+
 @pytest.mark.parametrize("lost", ["", pytest.param("offsets", marks=pytest.mark.long)])
 def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tables, lost: str) -> None:
     append(live, rows(np.arange(TRAINED, 260)))
@@ -313,12 +355,7 @@ def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit
 ) -> None:
     limited = settings(f"update.max_files_per_trigger={files}")
     events = pd.concat([rows(np.arange(TRAINED, 330)), rows(np.arange(TRAINED, 255), inputs="unheard")])
-    missing = [schema.SOURCE, schema.BATCH, schema.EVENT_TIME]
-    three_files = live.spark.createDataFrame(events.sample(frac=1, random_state=0)).repartition(3)
-    kinds = {column.name: column.dataType for column in schema.SCHEMAS[schema.EVENTS]}
-    live.append(
-        schema.EVENTS, three_files.select("*", *(F.lit(None).cast(kinds[name]).alias(name) for name in missing))
-    )
+    append(live, events.sample(frac=1, random_state=0), files=3)
     if step:
         with dying(monkeypatch, step, before=False, call=1 if files == 1 else 0):
             update(live, limited)
@@ -333,6 +370,19 @@ def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit
     assert update(live, limited)["batches"] == 0
     assert (state(live)[schema.N_EVENTS].sum(), live.read(WAITING).count()) == (330, 5)
     assert broken(live) == []
+
+
+@pytest.mark.long
+def test_without_what_a_checkpoint_had_read_the_audit_sees_doubled_events(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(live, rows(np.arange(TRAINED, 330)), files=3)
+    with dying(monkeypatch, "_merge", before=False, call=1):
+        update(live, ONE_FILE_A_BATCH)
+    shutil.rmtree(Path(folder_of(live, ONE_FILE_A_BATCH, 1), "offsets"))
+    monkeypatch.setattr("mtl.stream.already_applied", lambda updater: None)
+    update(live, ONE_FILE_A_BATCH, from_ledger=True)
+    assert "users_equal_scratch" in broken(live)
 
 
 def test_a_second_job_on_the_same_version_is_refused(live: Tables) -> None:

@@ -42,7 +42,7 @@ bench: setup ## how long retraining, ingesting, updating and recommending take
 	@$(PY) tests/bench/update.py
 	@$(PY) tests/bench/recommend.py
 
-faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (an hour or more)
+faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (hours)
 	@FAULTS=long $(PY) -m pytest tests/faults -n 2 -rP $(TEST_ARGS)
 
 figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester)

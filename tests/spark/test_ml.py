@@ -217,6 +217,7 @@ def test_a_pipeline_trains_and_is_saved_with_it(spark: SparkSession, tmp_path: P
     assert "refused_oracle_steps" in fitted.stages[0].summary
 
 
+@pytest.mark.long
 def test_tuning_keeps_attributes_and_chooses_among_ranks(spark: SparkSession, tmp_path: Path) -> None:
     of = estimator(spark, settings={**FAST, "train.iterations": 1})
     grid = ParamGridBuilder().addGrid(of.rank, [0, 2]).build()

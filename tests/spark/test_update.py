@@ -176,6 +176,7 @@ def test_a_death_at_any_step_loses_and_doubles_nothing(
     assert broken(live) == []
 
 
+@pytest.mark.long
 def test_without_the_transaction_guard_the_audit_sees_doubled_events(
     live: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +394,7 @@ def test_a_second_job_on_the_same_version_is_refused(live: Tables) -> None:
         update(live, settings())
 
 
+@pytest.mark.long
 def test_a_second_version_catches_up_on_its_own_and_the_first_stays(live: Tables) -> None:
     append(live, rows(np.arange(TRAINED, 280)))
     update(live, settings())

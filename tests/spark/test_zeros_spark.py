@@ -90,6 +90,7 @@ def test_users_and_stream_keep_plain_sums_and_weights_that_know_the_zeros(tables
     assert np.isfinite(scored[PREDICTION]).all()
 
 
+@pytest.mark.long
 def test_a_locked_users_prior_gets_the_zeros_of_its_new_features_once(tables: Tables) -> None:
     implicit = (f"model.implicit_weight={ZERO_WEIGHT}", "train.iterations=2")
     retrain(filled(tables), settings(*implicit))

@@ -56,8 +56,11 @@ def main() -> None:
         thread = threading.Thread(target=feed)
         thread.start()
         visible: dict[int, float] = {}
+        look = 0.0
         while not done.is_set() or max(written) > max(visible, default=0):
-            stream.tend()
+            if time.monotonic() > look:  # as often as the job does
+                stream.tend()
+                look = time.monotonic() + max(0.5, min(arguments.trigger, 5))
             consumed = stream.consumed
             now = time.monotonic()
             for commit in list(written):

@@ -65,6 +65,11 @@ def update(
     return {**fleet.report(version or models.live_version(tables)), "seconds": round(time.monotonic() - started, 3)}
 
 
+def between_looks(settings: Settings) -> float:
+    """Time between two looks at the tables (seconds)."""
+    return max(0.5, min(settings.update.trigger_seconds, 5))
+
+
 class Fleet:
     """The streams of the versions that are updated, one of them live."""
 
@@ -106,7 +111,7 @@ class Fleet:
         """Tend the streams until ``stop``."""
         while not stop.is_set():
             self._look()
-            stop.wait(max(0.5, min(self.settings.update.trigger_seconds, 5)))
+            stop.wait(between_looks(self.settings))
 
     def close(self) -> None:
         for version in list(self.streams):

@@ -140,12 +140,8 @@ class Updater:
         n = sum(totals["n"].to_pylist())
         fingerprint = f"{n}:{np.bitwise_xor.reduce(totals['hash'].to_numpy())}"
         planned = self._row(schema.LEDGER, application, number) if self._may_repeat(application) else None
-        if planned and (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
-            raise ReplayError(
-                f"batch {number} of {application} was {planned[schema.FINGERPRINT]} at {planned[schema.OFFSETS]} and now "
-                f"is {fingerprint} at {offsets}: the checkpoint {self.checkpoint.folder} is damaged; nothing was applied. "
-                f"{self.checkpoint.advice}"
-            )
+        if planned:
+            self._compare(planned, fingerprint, offsets)
         unknown = pa.array([]) if planned else self._know(totals[INPUT_ID].combine_chunks())
         if len(unknown):
             self._set_aside(batch, unknown, application, number)
@@ -159,6 +155,15 @@ class Updater:
             ready = batch.join(F.broadcast(aside), EVENT_ID, "left_anti") if waited else batch
             self._merge(ready, n - waited, application, number, offsets)
         return n - waited, waited
+
+    def _compare(self, planned: Row, fingerprint: str, offsets: str) -> None:
+        """Refuse a batch that is not the one that the ledger has under its number."""
+        if (planned[schema.FINGERPRINT], planned[schema.OFFSETS]) != (fingerprint, offsets):
+            raise ReplayError(
+                f"batch {planned[schema.BATCH_ID]} of {self.application} was {planned[schema.FINGERPRINT]} at "
+                f"{planned[schema.OFFSETS]} and now is {fingerprint} at {offsets}: the checkpoint {self.checkpoint.folder} is "
+                f"damaged; nothing was applied. {self.checkpoint.advice}"
+            )
 
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were."""

@@ -22,6 +22,7 @@ from mtl import schema
 from mtl.config import load_settings
 from mtl.session import open_session
 from mtl.stream import Stream
+from mtl.update import between_looks
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
         while not done.is_set() or max(written) > max(visible, default=0):
             if time.monotonic() > look:  # as often as the job does
                 stream.tend()
-                look = time.monotonic() + max(0.5, min(arguments.trigger, 5))
+                look = time.monotonic() + between_looks(settings)
             consumed = stream.consumed
             now = time.monotonic()
             for commit in list(written):

@@ -100,7 +100,7 @@ def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
 def measure(tables: Tables, stream: Stream, n_users: int, n_events: int, batches: int) -> dict:
     """Ours: ``batches`` micro-batches of one run of the query, after one that is not counted. The floor: as many in a row."""
     spark = tables.spark
-    floor = Tables(tables.spark, str(Path(tables.root) / "floor"))
+    floor = Tables(spark, str(Path(tables.root) / "floor"))
     touched = int(n_users * (1 - np.exp(-n_events / n_users)))
     ready = f"{tables.root}/ready-{n_events}"
     states(spark, touched, stream.model.d).select(*WRITTEN, MODEL_VERSION).write.parquet(ready)

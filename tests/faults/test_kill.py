@@ -85,15 +85,13 @@ SETS = [
     "switch.min_events=10",
     "switch.tolerance=10.0",
 ]
-JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-CLASSES = "classes.jsa"  # beside the tables: what Java has loaded once, for processes that start more quickly
 
 
 class Place:
     """A folder with tables, and the jobs on them: in this process, or in one of their own that may die."""
 
-    def __init__(self, folder: Path, spark: SparkSession):
-        self.folder = folder
+    def __init__(self, folder: Path, spark: SparkSession, java: str = ""):
+        self.folder, self.java = folder, java  # further options of Java, for jobs in processes of their own
         self.tables = Tables(spark, str(folder / "tables"))
         self.settings = load_settings([], [f"tables.root={self.tables.root}", *SETS])
 
@@ -106,9 +104,9 @@ class Place:
     def update(self, recover: bool = False) -> None:
         update(self.tables, self.settings, from_ledger=recover)
 
-    def command(self, name: str, *arguments: str, java: str = "") -> list[str]:
+    def command(self, name: str, *arguments: str) -> list[str]:
         options = {
-            "spark.driver.extraJavaOptions": f"{JAVA} -XX:SharedArchiveFile={self.folder / CLASSES} {java}",
+            "spark.driver.extraJavaOptions": f"-XX:TieredStopAtLevel=1 -XX:+UseSerialGC {self.java}",
             "spark.databricks.delta.snapshotPartitions": "1",
             "spark.sql.codegen.wholeStage": "false",
             "spark.sql.codegen.factoryMode": "NO_CODEGEN",
@@ -186,16 +184,27 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for i, part in enumerate(np.array_split(order[TRAINED:], 3)):
         place.ingest(place.write(f"stream{i}.csv", part))
     place.ingest(place.write("late.csv", order[:TRAINED][late]))
-    if LONG:
-        dump = f"-XX:ArchiveClassesAtExit={place.folder / CLASSES} -Xlog:disable"
-        subprocess.run([sys.executable, *place.command("audit", java=dump)], check=True, capture_output=True)
     return place.folder
 
 
+@pytest.fixture(scope="module")
+def java(trained: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """In the long campaign: what Java loads is kept from one process for the others, which start in two thirds of the time."""
+    if not LONG:
+        return ""
+    archive = tmp_path_factory.mktemp("java") / "classes.jsa"
+    dumping = Place(trained, spark, f"-XX:ArchiveClassesAtExit={archive} -Xlog:disable")
+    subprocess.run(
+        [sys.executable, *dumping.command("audit")], check=True, capture_output=True
+    )  # waits for Java as well
+    assert archive.exists()
+    return f"-XX:SharedArchiveFile={archive}"
+
+
 @pytest.fixture
-def place(trained: Path, spark: SparkSession, tmp_path: Path) -> Iterator[Place]:
+def place(trained: Path, java: str, spark: SparkSession, tmp_path: Path) -> Iterator[Place]:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    yield Place(tmp_path, spark)
+    yield Place(tmp_path, spark, java)
     shutil.rmtree(tmp_path / "tables")
 
 
@@ -270,7 +279,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(
         with filler.open("wb") as file:
             free = shutil.disk_usage(small).free - 60_000
             file.write(b"\0" * max(0, free))
-        full = Place(small, spark)
+        full = Place(small, spark, place.java)
         assert full.refused("update", "--available-now").startswith("update: ")
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=500m", small], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -46,14 +47,23 @@ class Client(threading.Thread):
             self.stop.wait(self.pause)
 
 
+def kill(*pids: int) -> int:
+    """kill -9 of processes, some of which may have ended by themselves; how many had not."""
+    killed = 0
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed
+
+
 def kill_some(server: Server, stop: threading.Event, seconds: float, pause: float = 0.8) -> int:
     """kill -9 of one child after the other at random moments, at most ``pause`` seconds apart; how many."""
     moments, killed, ends = random.Random(time.time_ns()), 0, time.monotonic() + seconds
     while time.monotonic() < ends and not stop.is_set():
         time.sleep(moments.uniform(0.1, pause))
         if children := server.children():
-            os.kill(moments.choice(children), signal.SIGKILL)
-            killed += 1
+            killed += kill(moments.choice(children))
     return killed
 
 
@@ -72,8 +82,7 @@ def test_kill_9_of_any_process_loses_and_doubles_no_observation(tmp_path: Path) 
         for client in clients:
             client.start()
         killed = kill_some(server, stop, SECONDS / 2)
-        for pid in [server.process.pid, *server.children()]:
-            os.kill(pid, signal.SIGKILL)
+        kill(server.process.pid, *server.children())
     with Server(*arguments, port=server.port) as server:
         killed += kill_some(server, stop, SECONDS / 2)
         stop.set()

@@ -7,7 +7,7 @@ TEST_ARGS ?=
 # .venv brings its own Spark: one that the caller's environment points to would be started in its place.
 unexport SPARK_HOME SPARK_CONF_DIR PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo test test-long test-fast check format bench faults package cluster-test clean distclean
+.PHONY: help setup demo test test-long test-fast check format bench faults figures reference package cluster-test clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,10 @@ faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a 
 figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester)
 	@$(PY) tests/bench/figure1.py --out figures
 	@$(PY) tests/bench/figure2.py --out figures $(if $(MTL_DATA),--data $(MTL_DATA))
+
+reference: setup ## the guides and every public docstring as pages into reference/
+	@$(PY) -W ignore -m pdoc --docformat google --output-directory reference mtl.guide mtl.oracle mtl.serving \
+		$(patsubst mtl/%.py,mtl.%,$(filter-out mtl/__init__.py,$(wildcard mtl/*.py)))
 
 package: setup ## the wheel and its zip into dist/; with ENV=1 the environment archive too
 	@ENV=$(ENV) bash .ci/package

@@ -22,6 +22,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(settings: Settings, parsed: argparse.Namespace) -> dict[str, Any]:
     try:
+        import deltalake  # noqa: F401 (of the refresher, a process that would be started again and again)
+
         from mtl.serving.server import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'oracle-mtl[serve]'") from error

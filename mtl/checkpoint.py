@@ -66,6 +66,11 @@ class Checkpoint:
         folder = f"{self.folder}/offsets"
         return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
 
+    @property
+    def done(self) -> int:
+        """How many batches are done, of all runs: the number of the next."""
+        return max((number + 1 for number in self.planned() if self.has_committed(number)), default=0)
+
     def has_committed(self, number: int) -> bool:
         return os.path.exists(f"{self.folder}/commits/{number}")
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -60,10 +61,16 @@ def execute(
         _fail(name, str(error))
     except failures as error:
         log.debug("its own account", exc_info=True)
-        _fail(name, f"{type(error).__name__}: {str(error)[:600]}")
+        _fail(name, _reason(error))
     print(json.dumps(result), flush=True)
     if result.get("failed"):
         sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    """In one line; where one of ours was raised in a Python worker, that one."""
+    of_worker = re.search(r"^mtl\.errors\.\w+: (.+)$", str(error), re.MULTILINE)
+    return of_worker[1] if of_worker else f"{type(error).__name__}: {str(error)[:600]}"
 
 
 def _fail(name: str, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resources_of
@@ -47,6 +48,11 @@ class _Section(BaseModel):
 
 class TablesSettings(_Section):
     root: str
+
+
+def is_catalog(root: str) -> bool:
+    """Whether tables.root is ``catalog.schema`` and no folder."""
+    return bool(re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", root))
 
 
 class SparkSettings(_Section):

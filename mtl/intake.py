@@ -55,7 +55,10 @@ from mtl.tables import Tables
 
 log = logging.getLogger("mtl")
 
-_ADVICE = "Restore the checkpoint that was, or remove it to read the source anew: events that are there count once"
+_ADVICE = (
+    "Restore the checkpoint that was; or remove it, to read the source anew from source.starting_offsets (kafka) or its "
+    "first file on: events that are there count once, but erased ones would come back"
+)
 _ADDED = "DELTA_SCHEMA_CHANGED"  # a source table has a new column: Delta's stream is to be started again
 
 

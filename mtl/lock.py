@@ -19,16 +19,21 @@ def exclusive(path: str, what: str) -> Iterator[None]:
         what: what runs once only, for the message.
 
     Raises:
-        StateError: another process holds it; the message names that process.
+        StateError: another process holds it, which the message names; or it cannot be held there.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "a+") as file:
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StateError(f"{path} cannot be locked: {error.strerror}") from None
+    with open(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             holder = file.read() or "another process"
             raise StateError(f"{what} is run by {holder}, which holds {path}: stop that one first") from None
+        except OSError as error:
+            raise StateError(f"{path} cannot be locked, a local folder could be: {error.strerror}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

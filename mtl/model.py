@@ -15,6 +15,7 @@ import pandas as pd
 from mtl import gaussian, schema
 from mtl.config import Settings
 from mtl.encode import Encoder, InputEncoder
+from mtl.errors import StateError
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
@@ -104,7 +105,17 @@ def _encoded(encoder: InputEncoder, attributes: pd.DataFrame, implicit: int) -> 
 
 
 def model_of(row: Mapping[str, Any]) -> Model:
-    """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust."""
+    """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust.
+
+    Raises:
+        StateError: it was made with a package that is not installed here.
+    """
+    try:
+        artefact = cloudpickle.loads(row[schema.ARTEFACT])
+    except ModuleNotFoundError as error:
+        raise StateError(
+            f"model version {row[schema.MODEL_VERSION]} needs {error.name}, which is not installed"
+        ) from error
     return Model(
         version=row[schema.MODEL_VERSION],
         status=row[schema.STATUS],
@@ -116,7 +127,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
         label_max=row[schema.LABEL_MAX],
         events_version=row[schema.EVENTS_VERSION],
         inputs_version=row[schema.INPUTS_VERSION],
-        artefact=cloudpickle.loads(row[schema.ARTEFACT]),
+        artefact=artefact,
         half_life_days=row[schema.HALF_LIFE_DAYS],
     )
 

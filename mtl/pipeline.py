@@ -15,7 +15,7 @@ from pyspark.sql import types as T
 from mtl.arrow import matrix
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
-from mtl.oracle.spark import active_session, files_of, model_of
+from mtl.oracle.spark import SparkModel, active_session
 
 ENCODED = "encoded"  # the pipeline's last output column, a vector
 _ROW = "_row"
@@ -29,7 +29,7 @@ class PipelineEncoder:
     they are, missing values included.
     """
 
-    model: Any
+    model: SparkModel
     schema: T.StructType
     centre: Array  # (p − 1,)
 
@@ -44,7 +44,7 @@ class PipelineEncoder:
             raise ConfigError(
                 f"oracle.pipeline gave {type(pipeline).__name__}: a function that returns a Pipeline is wanted"
             )
-        model = pipeline.fit(active_session().createDataFrame(_with_none(rows), schema))
+        model = SparkModel(pipeline.fit(active_session().createDataFrame(_with_none(rows), schema)))
         unfinished = cls(model, schema, np.empty(0))
         return cls(model, schema, unfinished._vectors(rows).mean(0))
 
@@ -81,12 +81,6 @@ class PipelineEncoder:
         if len(found) != len(rows):
             raise ConfigError(f"oracle.pipeline turned {len(rows)} inputs into {len(found)}: set handleInvalid to keep")
         return matrix(found[ENCODED], len(found[ENCODED][0]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": files_of(self.model), "schema": self.schema, "centre": self.centre}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "model": model_of(state["model"])})
 
 
 def _with_none(rows: pd.DataFrame) -> pd.DataFrame:

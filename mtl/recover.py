@@ -24,7 +24,10 @@ from mtl.updater import Already, Updater, mark_of
 
 log = logging.getLogger("mtl")
 
-RECOVERY = "To start anew from the last batch that the ledger has: jobs/update.py --recover"
+
+def advice(version: int) -> str:
+    """What to do where the checkpoint of a version's query is damaged."""
+    return f"To start anew from the last batch that the ledger has: jobs/update.py --model-version {version} --recover"
 
 
 def check(updater: Updater) -> None:
@@ -40,7 +43,7 @@ def check(updater: Updater) -> None:
     if checkpoint.is_new or last[schema.APPLICATION_ID] != updater.application:
         raise ReplayError(
             f"model version {version} was updated through another checkpoint than {checkpoint.folder}, and going on from "
-            f"here would count its events twice. Restore the checkpoint that was. {RECOVERY}"
+            f"here would count its events twice. Restore the checkpoint that was. {checkpoint.advice}"
         )
     own = F.col(schema.APPLICATION_ID) == updater.application
     rows = batches_of(updater.tables, version).where(own).select(schema.BATCH_ID, schema.OFFSETS).collect()
@@ -49,7 +52,7 @@ def check(updater: Updater) -> None:
         if number in kept and checkpoint.offsets(number) != offsets:
             raise ReplayError(
                 f"batch {number} ends at {checkpoint.offsets(number)} in {checkpoint.folder} and at {offsets} in the ledger: "
-                f"the checkpoint is damaged; nothing was applied. {RECOVERY}"
+                f"the checkpoint is damaged; nothing was applied. {checkpoint.advice}"
             )
 
 
@@ -63,7 +66,7 @@ def starting_place(updater: Updater) -> Place:
 def already_applied(updater: Updater) -> Already | None:
     """What a new checkpoint would read again: the files of its first commit that an earlier one had read."""
     commit, file = starting_place(updater)
-    if file < 0:
+    if file < 0 or not updater.checkpoint.begins_by(updater.checkpoint.done, commit):
         return None
     location = updater.tables.location(schema.EVENTS)
     files = files_added(updater.tables, location, commit, commit)

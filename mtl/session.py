@@ -55,7 +55,10 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         if not any(jars_folder().glob("delta-spark_*.jar")) and not {"spark.jars", "spark.jars.packages"} & {
             *settings.options
         }:
-            raise StateError(f"no Delta jars in {jars_folder()}: run 'make setup', or set spark.options \"spark.jars\"")
+            raise StateError(
+                f"no Delta jars in {jars_folder()}: run 'make setup' (and unset SPARK_HOME, if that is another Spark), or set "
+                'spark.options "spark.jars"'
+            )
         options |= {"spark.master": settings.master, "spark.driver.memory": settings.driver_memory}
         if settings.master.startswith("local"):
             options |= {

@@ -102,8 +102,9 @@ class Source:
         except (PySparkException, Py4JJavaError) as error:
             if "Failed to find" in str(error) or "ClassNotFound" in str(error) or "NoClassDef" in str(error):
                 raise StateError(
-                    "Kafka's jars are not beside Spark's own: run 'make setup' where Maven Central can be reached, or "
-                    'set spark.options "spark.jars.packages" to org.apache.spark:spark-sql-kafka-0-10_2.13'
+                    "Kafka's jars are not beside Spark's own: remove .venv/setup.stamp and run 'make setup' where Maven "
+                    'Central can be reached, or set spark.options "spark.jars.packages" to '
+                    f"org.apache.spark:spark-sql-kafka-0-10_2.13:{self.spark.version}"
                 ) from None
             raise
         return rows.select(F.col("value").cast("string").alias(_VALUE))
@@ -124,13 +125,14 @@ class Source:
                 continue
             try:
                 found = match(offered, self.columns, EVENT_COLUMNS, ())
-                typed = typed_events(offered, found, self.settings.model.loss)
+                typed = typed_events(offered, found, self.settings.model.loss, self.settings.model.half_life_days > 0)
                 seen.check(offered, found)
                 parts.append(typed)
                 ids_given |= EVENT_ID in found
             except InputError as error:
                 if self.settings.source.drift == "stop":
-                    raise InputError(f"{error}; where this is meant to be, remove {seen.path}") from None
+                    advice = f"; where this is meant to be, remove {seen.path}" if isinstance(error, _Drift) else ""
+                    raise InputError(f"{error}{advice}") from None
                 parts.append(refused_events(offered, _reason(offered.path, error)))
         return reduce(DataFrame.unionByName, parts), ids_given
 
@@ -197,19 +199,29 @@ class Source:
         return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), _reason(path, error))
 
 
+class _Drift(InputError):
+    """Columns are others than at first, and could be used all the same."""
+
+
 class Columns:
     """Which of our columns a source had at first, and of what kind, kept in a file; drift is what differs.
 
     A column that was not there at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that
     is none is a matter of its row. JSON rows name their columns each, so that only a whole file's absence is noticed.
+
+    Raises:
+        StateError: the file is damaged.
     """
 
     def __init__(self, path: str):
         self.path = path
         self.first: dict[str, dict[str, str]] = {}
         if os.path.exists(path):
-            with open(path) as file:
-                self.first = json.load(file)
+            try:
+                with open(path) as file:
+                    self.first = json.load(file)
+            except ValueError:
+                raise StateError(f"{path} is damaged: remove it, and the next columns are the first") from None
 
     def check(self, file: SourceFile, found: Mapping[str, str]) -> None:
         """Compare a file's columns with the first of its format, or remember them as the first.
@@ -234,7 +246,8 @@ class Columns:
             if first.get(name, kind) != kind
         ]
         if wrong:
-            raise InputError(f"{file.path}: {'; '.join(wrong)}")
+            usable = found.keys() >= set(REQUIRED_EVENT_COLUMNS)
+            raise (_Drift if usable else InputError)(f"{file.path}: {'; '.join(wrong)}")
         if kinds.keys() - first.keys():
             self.first[file.format] = {**kinds, **first}
             with open(f"{self.path}.part", "w") as out:

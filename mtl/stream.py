@@ -14,7 +14,8 @@ from mtl.config import Settings
 from mtl.errors import ConfigError
 from mtl.lock import exclusive
 from mtl.model import Model
-from mtl.recover import RECOVERY, already_applied, check, drop_unplanned, recover, starting_place
+from mtl.read import is_remote
+from mtl.recover import advice, already_applied, check, drop_unplanned, recover, starting_place
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.sharing import cores
 from mtl.tables import Tables
@@ -44,12 +45,12 @@ class Stream:
         self.tables.spark.conf.set("spark.databricks.delta.merge.materializeSource", "none")
         self.tables.spark.conf.set("spark.databricks.delta.merge.repartitionBeforeWrite.enabled", "false")
         self.query: StreamingQuery | None = None
-        checkpoint = Checkpoint(folder_of(tables, settings, model.version), RECOVERY)
+        checkpoint = Checkpoint(folder_of(tables, settings, model.version), advice(model.version))
         self._held = ExitStack()
         self._held.enter_context(exclusive(f"{checkpoint.folder}.lock", f"the update of model version {model.version}"))
         try:
             self.updater = self._open(checkpoint, from_ledger)
-            self.batches_before = self.batches  # of earlier runs
+            self.batches_before = checkpoint.done  # of earlier runs
         except BaseException:
             self._held.close()
             raise
@@ -110,8 +111,7 @@ class Stream:
     @property
     def batches(self) -> int:
         """Batches that are done, of all runs with this checkpoint."""
-        checkpoint = self.updater.checkpoint
-        return max((number + 1 for number in checkpoint.planned() if checkpoint.has_committed(number)), default=0)
+        return self.updater.checkpoint.done
 
     @property
     def consumed(self) -> int:
@@ -146,10 +146,10 @@ def folder_of(tables: Tables, settings: Settings, version: int) -> str:
     """The checkpoint folder of a version's query.
 
     Raises:
-        ConfigError: the tables are in a catalog, and no folder is set.
+        ConfigError: the tables are in a catalog or an object store, and no folder is set.
     """
     if settings.update.checkpoints:
         return f"{settings.update.checkpoints}/update-v{version}"
-    if tables.in_catalog:
-        raise ConfigError("update.checkpoints: name a folder, for tables in a catalog have none beside them")
+    if tables.in_catalog or is_remote(tables.root):
+        raise ConfigError("update.checkpoints: name a local folder, for tables elsewhere have none beside them")
     return f"{tables.root}/_checkpoints/update-v{version}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,9 +12,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.config import is_catalog
 from mtl.errors import ConfigError
 
-_CATALOG = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _METADATA = "spark.databricks.delta.commitInfo.userMetadata"
@@ -35,7 +34,7 @@ class Tables:
         if not root.strip():
             raise ConfigError("tables.root is empty: give a folder or catalog.schema")
         self.spark = spark
-        self.in_catalog = bool(_CATALOG.fullmatch(root))
+        self.in_catalog = is_catalog(root)
         self._created: set[str] = set()
         self.root = root if self.in_catalog or "://" in root else os.path.abspath(root)
 

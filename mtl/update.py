@@ -53,8 +53,8 @@ def update(
         ReplayError: the version was updated through another checkpoint, or its checkpoint is damaged.
     """
     started = time.monotonic()
-    tables.create(schema.EVENTS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.WAITING, schema.LEDGER, schema.PROGRESS)
     model = load_model(tables, version)
+    tables.create(schema.EVENTS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.WAITING, schema.LEDGER, schema.PROGRESS)
     fleet = Fleet(tables, settings, only=version)
     try:
         if from_ledger:

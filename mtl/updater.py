@@ -337,7 +337,7 @@ class Updater:
 
     def _may_repeat(self, application: str) -> bool:
         """Only the first batch of a run can be one that an earlier run began; of releases any."""
-        return application != self.application or not self.tally.batches
+        return application == self.release_application or not self.tally.batches
 
     def _write_ledger(
         self,

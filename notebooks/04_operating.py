@@ -106,7 +106,8 @@ assert not audit(tables, settings)["failed"]
 
 # COMMAND ----------
 
-from mtl.status import batches, page, status
+from mtl.page import page
+from mtl.status import batches, status
 
 (here / "status.html").write_text(page(status(tables), batches(tables)), encoding="utf-8")
 print(f"page: {here / 'status.html'}")

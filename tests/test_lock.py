@@ -27,6 +27,11 @@ def test_a_second_process_is_refused_with_the_first_ones_id_until_it_dies(tmp_pa
         exclusive(path, "the ingest stream"),
     ):
         pass
+    with (
+        pytest.raises(StateError, match=r"/proc/none/it\.lock cannot be locked"),
+        exclusive("/proc/none/it.lock", "it"),
+    ):
+        pass
     holder.kill()
     holder.wait()
     for _ in range(2):

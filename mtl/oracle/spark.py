@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,34 @@ from mtl.regressors import Linear, Regressor
 _ROW, _FEATURES, _TARGET, _WEIGHT, _PREDICTION = "row", "features", "target", "weight", "prediction"
 
 
-class SparkRegressor:
-    """A fitted pyspark.ml model as a function on arrays; pickles as the files that Spark's own writer makes."""
+class SparkModel:
+    """A fitted pyspark.ml model that pickles as the files of Spark's own writer, and needs Spark only where it is used."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self._model, self._files = model, b""
+
+    def transform(self, rows: DataFrame) -> DataFrame:
+        if self._model is None:
+            self._model = model_of(self._files)
+        return self._model.transform(rows)
+
+    def __getstate__(self) -> bytes:
+        self._files = self._files or files_of(self._model)
+        return self._files
+
+    def __setstate__(self, files: bytes) -> None:
+        self._model, self._files = None, files
+
+
+@dataclass(frozen=True)
+class SparkRegressor:
+    """A fitted pyspark.ml model as a function on arrays."""
+
+    model: SparkModel
 
     def predict(self, attributes: Array) -> Array:
         rows = self.model.transform(_frame(active_session(), attributes)).select(_ROW, _PREDICTION).toPandas()
         return rows.sort_values(_ROW)[_PREDICTION].to_numpy()
-
-    def __getstate__(self) -> bytes:
-        return files_of(self.model)
-
-    def __setstate__(self, files: bytes) -> None:
-        self.model = model_of(files)
 
 
 def files_of(model: Any) -> bytes:
@@ -86,7 +100,7 @@ def spark_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:
             model = estimator.fit(rows)
         finally:
             rows.unpersist()
-        return in_numpy(model) or SparkRegressor(model)
+        return in_numpy(model) or SparkRegressor(SparkModel(model))
 
     return fit
 
@@ -118,5 +132,5 @@ def _frame(spark: SparkSession, attributes: Array, **columns: Array) -> DataFram
 def active_session() -> SparkSession:
     spark = SparkSession.getActiveSession()
     if spark is None:
-        raise ConfigError("an oracle of kind spark needs a running Spark session")
+        raise ConfigError("oracle.pipeline, and functions of oracle.kind spark, are evaluated in a Spark session only")
     return spark

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
+
 from mtl.config import ServeSettings
 from mtl.errors import MtlError
 from mtl.serving.observations import read, sealed
@@ -37,13 +39,18 @@ def keep_like_the_tables(
             failure, failures = "", 0
         except Exception as error:  # whatever it is, what the store holds is served on
             told = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            if isinstance(error, lmdb.MapFullError):
+                told = f"the store is full: start anew with a larger serve.store_gb than {settings.store_gb}"
             if told != failure:
-                is_expected = isinstance(error, (*UNREADABLE, MtlError))
+                is_expected = isinstance(error, (*UNREADABLE, MtlError, lmdb.MapFullError))
                 log.error("serve: the tables cannot be followed: %s", told, exc_info=not is_expected)
             failure, failures = told, failures + 1
             overlay.tell(Status(overlay.status().checked_at, told))
         if began - cleared > _CLEAR_SECONDS:
-            clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
+            try:
+                clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
+            except MtlError as error:
+                log.error("serve: nothing old is cleared away: %s", error)
             cleared = began
         pause = min(settings.refresh_seconds * 2**failures, max(_LONGEST_WAIT, settings.refresh_seconds))
         while not stopped() and (left := began + pause - time.monotonic()) > 0:

@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 import msgspec
 
+from mtl.errors import StateError
+
 _OPEN, _SEALED, _ENDING = ".open-", "observed-", ".jsonl"
 
 
@@ -171,11 +173,21 @@ def parse(lines: Iterable[bytes]) -> list[Event]:
 
 
 def read(paths: Iterable[Path]) -> Iterator[Event]:
-    """Events of sealed segments."""
+    """Events of sealed segments.
+
+    Raises:
+        StateError: a line of one is damaged.
+    """
     for path in paths:
         with open(path, "rb") as file:
-            for line in file:
-                yield _decode(line)
+            for number, line in enumerate(file, 1):
+                try:
+                    yield _decode(line)
+                except msgspec.DecodeError as error:
+                    raise StateError(
+                        f"{path}: line {number} is damaged ({error}): ingest the file, which puts that line into quarantine, "
+                        "then move it elsewhere"
+                    ) from None
 
 
 def _write(file: int, data: bytes) -> None:

@@ -69,7 +69,9 @@ class Overlay:
             )
             self._meta, self._events, self._revisions, self._ids, self._asked = map(self.environment.open_db, _TABLES)
         except lmdb.Error as error:
-            raise StateError(f"{folder}: {error}; delete overlay.lmdb there, it is made from the log") from error
+            raise StateError(
+                f"{path}/overlay.lmdb cannot be used: {error}. Where it is damaged delete it, it is made from the log"
+            ) from error
 
     def close(self) -> None:
         self.environment.close()

@@ -109,7 +109,7 @@ class Refresher:
         ):
             raise StateError(
                 f"the tables under {self.source.root} are gone or were made anew; this server goes on with what it has. "
-                f"For the new ones stop it and delete its store, {self.store.folder}"
+                f"For the new ones stop it and name another serve.store; the logs in {self.store.folder} are only there"
             )
 
     # The live version.

@@ -7,7 +7,6 @@ started before the first look at the tables: what the store holds is served at o
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import importlib
 import logging
@@ -27,8 +26,9 @@ from typing import Any
 import uvicorn
 from threadpoolctl import threadpool_limits
 
-from mtl.config import ServeSettings, Settings
+from mtl.config import ServeSettings, Settings, is_catalog
 from mtl.errors import ConfigError, StateError
+from mtl.lock import exclusive
 from mtl.serving import metrics
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
@@ -65,6 +65,8 @@ class Folders:
             ConfigError: no folder follows from the settings.
         """
         root, serve = settings.tables.root, settings.serve
+        if is_catalog(root):
+            raise ConfigError(f"tables.root = {root!r}: the server reads tables by folder or URI, not from a catalog")
         if not serve.store and "://" in root:
             raise ConfigError("serve.store: name a local folder, for tables in an object store have none beside them")
         store = Path(serve.store or f"{root}/_serving").absolute()
@@ -310,19 +312,12 @@ def _version_shown(folders: Folders, settings: ServeSettings) -> int | None:
 @contextmanager
 def _locked(folders: Folders) -> Iterator[None]:
     """One server a store, and one root of tables."""
-    folders.store.mkdir(parents=True, exist_ok=True)
-    with open(folders.store / "lock", "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(
-                f"another server runs on {folders.store}: give this one a serve.store of its own"
-            ) from None
+    with exclusive(f"{folders.store}/lock", f"the server on {folders.store}"):
         mark = folders.store / _ROOT
         if mark.exists() and mark.read_text() != folders.root:
             raise StateError(
                 f"{folders.store} is the copy of the tables under {mark.read_text()}, not of {folders.root}: name another "
-                f"serve.store, or delete it"
+                f"serve.store, or delete {mark} where these have moved"
             )
         mark.write_text(folders.root)
         yield

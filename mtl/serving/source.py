@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,8 @@ from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
-from mtl.errors import ConfigError
 from mtl.schema import ERASURE, MODEL_VERSION
 
-_CATALOG = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 # Their added files hold every row that they insert or change.
 _ADDING = {"MERGE", "WRITE", "STREAMING UPDATE", "UPDATE", "CREATE TABLE"}
 _WITHOUT_ROWS = {
@@ -73,8 +70,6 @@ class Source:
     """
 
     def __init__(self, root: str):
-        if _CATALOG.fullmatch(root):
-            raise ConfigError(f"tables.root = {root!r}: the server reads tables by folder or URI, not from a catalog")
         self.root = root if "://" in root else os.path.abspath(root)
         self._tables: dict[str, DeltaTable] = {}
 

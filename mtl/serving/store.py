@@ -77,7 +77,8 @@ class Store:
             }
         except lmdb.Error as error:
             raise StateError(
-                f"{self.folder} is no store of this server: {error}; delete it, it is made from the tables"
+                f"{self.folder}/tables.lmdb cannot be used: {error}. Where it is damaged delete it, it is made from the "
+                "tables; but leave the logs beside it. Where memory is short set a smaller serve.store_gb"
             ) from error
 
     def close(self) -> None:

@@ -1,10 +1,11 @@
 """MovieLens-100K in time order: every rating is predicted before it is learnt from.
 
-Ours is the product as it runs: ratings come through the events table in batches of ``--batch``, the update job predicts
-each batch, then adds it to its users (the ``progress`` table), and after every tenth of the ratings a new version is
-trained and goes live. Beside it, on the same ratings after the first tenth: MLlib ALS, trained anew after every tenth (a
-user or an input that it has not seen gets the mean), and, where the package river is installed, its matrix factorization
-with biases, event by event.
+Ours is the product as it runs, and has two answers to each rating. The server's (``served``) is asked for each rating and
+then told it, one by one. The stream's (``streamed``) comes from the ``progress`` table: ratings come through the events
+table in batches of ``--batch``, and the update job predicts a batch as a whole, then adds it to its users, from where the
+server takes them over. After every tenth of the ratings a new version is trained and goes live. Beside it, on the same
+ratings after the first tenth: MLlib ALS, trained anew after every tenth (a user or an input that it has not seen gets the
+mean), and, where the package river is installed, its matrix factorization with biases, event by event.
 
     python tests/bench/prequential.py [--batch 1000] [--set SECTION.KEY=VALUE]
 """
@@ -29,12 +30,19 @@ from mtl.datasets import fetch_movielens, movielens
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, EVENTS, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, WEIGHT
+from mtl.serving.observations import Event
+from mtl.serving.overlay import open_overlay
+from mtl.serving.refresh import Refresher
+from mtl.serving.source import Source
+from mtl.serving.store import Store
+from mtl.serving.view import View, open_view
 from mtl.session import open_session
 from mtl.tables import Tables
 from mtl.update import update
 
 CACHE = Path(tempfile.gettempdir()) / "oracle-mtl-movielens"
 PARTS = 10
+FORMS = ("served", "streamed")
 
 
 def main() -> None:
@@ -46,6 +54,7 @@ def main() -> None:
     data = movielens(fetch_movielens(arguments.cache), 1)
     ratings = pd.concat([part.to_pandas() for part in (data.train, data.stream, data.test)])
     ratings = ratings.sort_values([EVENT_TIME, USER_ID, INPUT_ID], kind="stable").reset_index(drop=True)
+    ratings[EVENT_ID] = ratings[USER_ID] + "-" + ratings[INPUT_ID]
     parts = np.array_split(np.arange(len(ratings)), PARTS)
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
@@ -53,9 +62,7 @@ def main() -> None:
             [f"tables.root={folder}", "update.max_files_per_trigger=1", "care.compact_every_batches=0", *arguments.set],
         )
         spark = open_session(settings.spark, "bench prequential")
-        ours = streamed(
-            spark, settings, data.inputs.to_pandas(), data.users.to_pandas(), ratings, parts, arguments.batch
-        )
+        ours = run(spark, settings, data.inputs.to_pandas(), data.users.to_pandas(), ratings, parts, arguments.batch)
         als = retrained_als(spark, ratings, parts)
     online = river(ratings, len(parts[0]))
     print(
@@ -70,7 +77,33 @@ def main() -> None:
     )
 
 
-def streamed(
+class Served:
+    """The server's copy of the tables and its answers, in this process."""
+
+    def __init__(self, tables: Tables, folder: Path):
+        self.store, self.overlay = Store(folder, 1), open_overlay(folder, [])
+        self.refresher = Refresher(Source(tables.root), self.store, self.overlay)
+        self.view: View | None = None
+
+    def follow(self) -> None:
+        """Take over what the tables have."""
+        self.refresher.refresh()
+        self.view = open_view(self.store, self.overlay, load_settings().serve, self.view)
+
+    def squared_errors(self, ratings: pd.DataFrame) -> float:
+        """Summed over ratings that are asked for and then told one after the other."""
+        view, total = self.view, 0.0
+        assert view is not None
+        columns = (EVENT_ID, USER_ID, INPUT_ID, LABEL, EVENT_TIME)
+        for event_id, user, item, label, time in zip(*(ratings[name] for name in columns), strict=True):
+            weights = view.weights_of(user) or view.unknown_weights
+            prediction = view.score(weights, view.rows_of([item]).rows)[0][0]
+            total += (label - np.clip(prediction, *view.model.prediction_range)) ** 2
+            self.overlay.insert([(Event(event_id, user, item, float(label), 1.0, time.isoformat()), True)])
+        return total
+
+
+def run(
     spark: SparkSession,
     settings: Settings,
     inputs: pd.DataFrame,
@@ -84,21 +117,26 @@ def streamed(
     tables.append(INPUTS, spark.createDataFrame(inputs), evolve=True)
     tables.append(USER_ATTRIBUTES, spark.createDataFrame(users), evolve=True)
     append(tables, ratings.iloc[parts[0]])
+    served = Served(tables, Path(settings.tables.root) / "_serving")
     by_part = []
     for part in parts[1:]:
         version = retrain(tables, settings, promote=True)["model_version"]
+        errors = 0.0
         for first in range(0, len(part), batch):
-            append(tables, ratings.iloc[part[first : first + batch]])
-        update(tables, settings)
+            rows = ratings.iloc[part[first : first + batch]]
+            served.follow()
+            errors += served.squared_errors(rows)
+            append(tables, rows)
+            update(tables, settings)
         row = of_version(tables, version)
-        by_part.append({"n": row["n"], "rmse": (row["loss"] / row["n"]) ** 0.5, "waiting": len(part) - row["n"]})
-        print(json.dumps(by_part[-1]), file=sys.stderr)
+        assert row["n"] == len(part)  # none waits: all inputs have attributes
+        by_part.append({"n": len(part), "served": errors, "streamed": row["loss"]})
+        print(json.dumps({name: (by_part[-1][name] / len(part)) ** 0.5 for name in FORMS}), file=sys.stderr)
     n = sum(part["n"] for part in by_part)
     return {
-        "rmse": (sum(part["n"] * part["rmse"] ** 2 for part in by_part) / n) ** 0.5,
-        "n": n,
+        **{name: {"rmse": (sum(part[name] for part in by_part) / n) ** 0.5} for name in FORMS},
         "k_of_last": load_model(tables).form.k,
-        "by_part": by_part,
+        "rmse_by_part": {name: [(part[name] / part["n"]) ** 0.5 for part in by_part] for name in FORMS},
     }
 
 
@@ -110,9 +148,9 @@ def of_version(tables: Tables, version: int) -> dict[str, float]:
 
 def append(tables: Tables, ratings: pd.DataFrame) -> None:
     """One commit of one file."""
-    rows = tables.spark.createDataFrame(ratings[[USER_ID, INPUT_ID, LABEL, EVENT_TIME]]).coalesce(1)
+    rows = tables.spark.createDataFrame(ratings[[EVENT_ID, USER_ID, INPUT_ID, LABEL, EVENT_TIME]]).coalesce(1)
     rows = rows.select(
-        F.concat_ws("-", USER_ID, INPUT_ID).alias(EVENT_ID),
+        EVENT_ID,
         USER_ID,
         INPUT_ID,
         F.col(LABEL).cast("double").alias(LABEL),

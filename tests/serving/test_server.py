@@ -64,7 +64,7 @@ def test_a_second_server_on_the_store_and_a_port_in_use_are_refused(
         assert done.stdout == ""
         return done.stderr.splitlines()[-1]
 
-    assert "another server runs on" in refusal(filled, 0)
+    assert "is run by process" in refusal(filled, 0)
     assert f"cannot listen on 127.0.0.1:{server.port}" in refusal(tmp_path, server.port)
 
 

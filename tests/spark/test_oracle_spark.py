@@ -32,7 +32,7 @@ from mtl.errors import ConfigError, OracleError
 from mtl.oracle import make_oracle
 from mtl.oracle.parallel import SparkFits
 from mtl.oracle.scikit import scikit_oracle
-from mtl.oracle.spark import SparkRegressor, in_numpy, spark_oracle
+from mtl.oracle.spark import SparkModel, SparkRegressor, in_numpy, spark_oracle
 from mtl.oracle.trees import Trees
 from mtl.pipeline import ENCODED, PipelineEncoder
 from mtl.regressors import Linear
@@ -121,6 +121,11 @@ def test_a_pipeline_replaces_the_encodings(spark: SparkSession) -> None:
     np.testing.assert_allclose(cloudpickle.loads(cloudpickle.dumps(encoder))(rows), expected)
     np.testing.assert_allclose(encoder(pd.DataFrame({"year": [np.nan], "title": [None]})), [[1, 0.0]])
 
+    # A model is unpickled by workers and by the server, which have no session and do not encode inputs.
+    pickled = cloudpickle.dumps(encoder)
+    width = spark.range(0, 1, 1, 1).rdd.map(lambda _: cloudpickle.loads(pickled).width).first()
+    assert width == 2
+
 
 def test_a_pipeline_without_the_encoded_column_is_refused(spark: SparkSession) -> None:
     rows = pd.DataFrame({"year": [1.0, 2.0]})
@@ -160,7 +165,7 @@ def test_a_fitted_model_predicts_in_numpy_what_it_does_in_spark(
     function = spark_oracle(estimator, params)(*wide)
     assert isinstance(function, Linear | Trees)
     new = np.vstack([wide[0], np.random.default_rng(1).normal(size=(200, 5)) * [1, 1, 1e-5, 1e5, 3]])
-    expected = SparkRegressor(models[0]).predict(new)
+    expected = SparkRegressor(SparkModel(models[0])).predict(new)
     assert expected.std() > 0.1
     np.testing.assert_allclose(function.predict(new), expected, rtol=1e-12, atol=1e-12)
 

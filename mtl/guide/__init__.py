@@ -1,0 +1,6 @@
+"""
+.. include:: choosing.md
+.. include:: operating.md
+.. include:: sizing.md
+.. include:: comparison.md
+"""

@@ -124,9 +124,9 @@ def _take_back_what_was_learnt(tables: Tables, model: Model, last: Row) -> None:
 def drop_unplanned(tables: Tables, version: int) -> None:
     """Forget waiting events of batches that the ledger does not have: a new checkpoint will read them again."""
     batch = (schema.APPLICATION_ID, schema.BATCH_ID)
-    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version)
-    planned = ledger_of(tables, version).select(*batch)
-    for row in waiting.select(*batch).distinct().join(planned, [*batch], "left_anti").collect():
+    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version).select(*batch).distinct().collect()
+    planned = ledger_of(tables, version).select(*batch).collect() if waiting else []
+    for row in set(waiting) - set(planned):
         tables.delta(schema.WAITING).delete(_same_batch(row) & (F.col(MODEL_VERSION) == version))
 
 

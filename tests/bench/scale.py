@@ -64,13 +64,13 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--largest", type=int, default=50_000_000, help="of any size (default: %(default)s)")
     parser.add_argument("--memory", default="4g", help="spark.driver_memory (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON here, after every point")
+    parser.add_argument("--out", type=Path, help="also write the JSON here; points that it has are not measured again")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.point:
         print(json.dumps(measure(**json.loads(arguments.point), memory=arguments.memory)))
         return
-    points: list[dict[str, Any]] = []
+    points = json.loads(arguments.out.read_text())["points"] if arguments.out and arguments.out.exists() else []
     for axis in arguments.axes:
         for size in AXES[axis]:
             sizes = {**BASE, axis: size}

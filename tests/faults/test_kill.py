@@ -79,7 +79,7 @@ SETS = [
     "model.k=2",
     "train.iterations=2",
     "ingest.recover_after_minutes=0",
-    "update.max_files_per_trigger=1",
+    f"update.max_files_per_trigger={1 if LONG else 2}",
     "care.compact_every_batches=2",
     "switch.policy='automatic'",
     "switch.min_events=10",
@@ -175,13 +175,13 @@ class Place:
 
 @pytest.fixture(scope="module")
 def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables with a live version, and four commits of events that nobody has read yet; x14 is not known."""
+    """Tables with a live version, and some commits of events that nobody has read yet; x14 is not known."""
     place = Place(tmp_path_factory.mktemp("faults"), spark)
     order = np.random.default_rng(0).permutation(len(PROBLEM))
     late = PROBLEM.input[order[:TRAINED]] == 14
     place.ingest(place.write("base.csv", order[:TRAINED][~late]))
     place.retrain()
-    for i, part in enumerate(np.array_split(order[TRAINED:], 3)):
+    for i, part in enumerate(np.array_split(order[TRAINED:], 3 if LONG else 2)):
         place.ingest(place.write(f"stream{i}.csv", part))
     place.ingest(place.write("late.csv", order[:TRAINED][late]))
     return place.folder

@@ -54,19 +54,25 @@ def append(tables: Tables, events: pd.DataFrame, files: int) -> None:
     tables.append(schema.EVENTS, new.repartition(files, EVENT_ID))
 
 
-def test_logistic_loss_from_files_to_errors_with_users_that_equal_a_replay(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables, loss = Tables(spark, str(tmp_path / "tables")), "logistic"
-    chosen = settings(loss, "update.max_files_per_trigger=2")  # fewer than a commit has: batches end within it
+def trained(spark: SparkSession, folder: Path, loss: str, chosen: Settings) -> Tables:
+    """Tables with a live model over the first events, from files."""
+    tables = Tables(spark, str(folder / "tables"))
     described = pd.DataFrame({INPUT_ID: [f"x{i}" for i in range(12)], "year": np.linspace(-1, 1, 12)})
     refused = rows(loss, range(TRAINED, TRAINED + 1)).assign(**{LABEL: 0.5})
-    pd.concat([rows(loss, range(TRAINED)), refused]).to_parquet(tmp_path / "train.parquet")
-    described.to_parquet(tmp_path / "inputs.parquet")
-    report, _ = ingest_files(tables, chosen, str(tmp_path / "train.parquet"), str(tmp_path / "inputs.parquet"))
+    pd.concat([rows(loss, range(TRAINED)), refused]).to_parquet(folder / "train.parquet")
+    described.to_parquet(folder / "inputs.parquet")
+    report, _ = ingest_files(tables, chosen, str(folder / "train.parquet"), str(folder / "inputs.parquet"))
     assert (report.accepted, report.quarantined) == (TRAINED, 1)
     retrain(tables, chosen)
+    return tables
 
+
+def test_users_of_a_logistic_model_equal_a_replay(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = "logistic"
+    chosen = settings(loss, "update.max_files_per_trigger=2")  # fewer than a commit has: batches end within it
+    tables = trained(spark, tmp_path, loss, chosen)
     append(tables, rows(loss, range(TRAINED, 400)), files=3)
     append(tables, pd.concat([rows(loss, range(400, 420)), rows(loss, range(420, 430), "late")]), files=2)
     streamed = update(tables, chosen)
@@ -89,6 +95,12 @@ def test_logistic_loss_from_files_to_errors_with_users_that_equal_a_replay(
     assert not another_order["holds"]
     assert not another_order["counts_differ"]
 
+
+@pytest.mark.long
+def test_errors_of_a_logistic_model_and_of_its_baselines(spark: SparkSession, tmp_path: Path) -> None:
+    loss = "logistic"
+    chosen = settings(loss)
+    tables = trained(spark, tmp_path, loss, chosen)
     rest = rows(loss, range(450, 500))
     rest.to_parquet(tmp_path / "test.parquet")
     errors = evaluate(tables, chosen, str(tmp_path / "test.parquet"), with_baselines=True)

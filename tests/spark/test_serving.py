@@ -314,6 +314,7 @@ def test_observations_of_a_log_that_is_read_again_count_once(copy: Copy) -> None
     assert {user: copy.n_events(user) for user in counts} == counts
 
 
+@pytest.mark.long
 def test_an_erased_user_is_gone_from_the_server_and_others_events_count_once(copy: Copy) -> None:
     append(copy.tables, rows(np.arange(TRAINED, 300)))
     update(copy.tables, settings())

@@ -48,6 +48,7 @@ def test_a_candidate_that_is_no_worse_on_fresh_events_goes_live(live: Tables) ->
     assert broken(live) == []
 
 
+@pytest.mark.long
 def test_a_worse_candidate_is_refused_and_its_users_are_left_alone(live: Tables) -> None:  # noqa: F811
     retrain(live, settings())
     worse = F.col(MODEL_VERSION) == 2

@@ -158,7 +158,7 @@ def test_nothing_to_do_before_the_first_new_event(live: Tables) -> None:
     ("step", "before"),
     [
         ("_merge", False),
-        ("_set_aside", False),
+        pytest.param("_set_aside", False, marks=pytest.mark.long),
         pytest.param("_write_ledger", True, marks=pytest.mark.long),
         pytest.param("_merge", True, marks=pytest.mark.long),
     ],
@@ -219,7 +219,8 @@ def test_an_input_with_attributes_gets_features_within_the_batch(live: Tables) -
 
 
 @pytest.mark.parametrize(
-    ("step", "before"), [("_learn_arrivals", False), pytest.param("_learn_arrivals", True, marks=pytest.mark.long)]
+    ("step", "before"),
+    [(None, False), *(pytest.param("_learn_arrivals", b, marks=pytest.mark.long) for b in (False, True))],
 )
 def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool
@@ -241,6 +242,7 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     assert broken(live) == []
 
 
+@pytest.mark.long
 def test_recovery_does_not_learn_an_input_twice(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
     append(live, rows(np.arange(TRAINED, 265)).assign(input_id="new"))
@@ -256,8 +258,8 @@ def test_recovery_does_not_learn_an_input_twice(live: Tables, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("step", "before"),
     [
-        ("_merge", False),
-        pytest.param(None, False, marks=pytest.mark.long),
+        (None, False),
+        pytest.param("_merge", False, marks=pytest.mark.long),
         pytest.param("_finish_release", True, marks=pytest.mark.long),
     ],
 )

@@ -169,6 +169,24 @@ def test_the_commands_of_operating(shell: Shell, spark: SparkSession) -> None:
     assert results["rollback.py"][0]["model_version"] == 1
 
 
+def test_the_commands_of_sizing_and_what_the_guide_quotes_of_them() -> None:
+    needs = []
+    for command in commands("mtl/guide/sizing.md"):
+        words = [sys.executable, *shlex.split(command)[1:]]
+        said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        needs.append(json.loads(said)["needs"])
+    guide = (ROOT / "mtl" / "guide" / "sizing.md").read_text()
+    asked = needs[0]
+    for quoted in (
+        f"{asked['retrain_core_hours']:.0f} core-hours: 4 hours on {asked['cores_for_a_retraining']:.0f} cores",
+        f"{asked['memory_gb_of_all_executors'] / 1000:.1f} TB",
+        f"{asked['users_table_gb']:.0f} GB",
+        f"{asked['core_seconds_of_a_batch_of_200k']:.0f} core-seconds a batch, {asked['cores_for_the_stream']:.0f} cores",
+        f"{asked['store_gb_of_a_server']:.0f} GB, {asked['hours_of_a_servers_first_copy']:.0f} hours",
+    ):
+        assert quoted in guide, quoted
+
+
 def test_the_targets_of_make_that_the_readme_names() -> None:
     named = set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", (ROOT / "README.md").read_text()))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}

@@ -227,7 +227,7 @@ class Updater:
     def _merge(self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None) -> None:
         """The progress row and one MERGE of the events' users, at most once each for (application, number)."""
         version = self.model.version
-        users = events.select(USER_ID).distinct()
+        users = events.select(USER_ID)
         if n <= BROADCAST_AT_MOST:
             users = F.broadcast(users)  # else every state is shuffled to find out which are asked for
         states = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).join(users, USER_ID, "left_semi")

@@ -71,7 +71,9 @@ def _ingest_adds_up(tables: Tables) -> Check:
     batch = batch_name().alias(BATCH)
     counts = (schema.OFFERED, schema.ACCEPTED, schema.DUPLICATES, schema.QUARANTINED)
     erased = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == ERASE)
-    of = F.split(schema.APPLICATION_ID, "-")[1].alias(BATCH)
+    of = F.regexp_extract(schema.APPLICATION_ID, f"^{ERASE}-(.+)-", 1).alias(
+        BATCH
+    )  # a stream's batches have a - of their own
     erased = erased.where(~of.rlike("^v[0-9]+$")).select(of, schema.ACCEPTED, schema.QUARANTINED)
     written = {
         name: tables.read(table)

@@ -1,9 +1,9 @@
 """MovieLens-100K in time order: every rating is predicted before it is learnt from.
 
 Ours is the product as it runs, and has two answers to each rating. The server's (``served``) is asked for each rating and
-then told it, one by one. The stream's (``streamed``) comes from the ``progress`` table: ratings come through the events
-table in batches of ``--batch``, and the update job predicts a batch as a whole, then adds it to its users, from where the
-server takes them over. After every tenth of the ratings a new version is trained and goes live. Beside it, on the same
+then told it, one by one, and takes the tables over after every tenth of the ratings, when a new version is trained and goes
+live. The stream's (``streamed``) comes from the ``progress`` table: the same ratings come through the events table in
+batches of ``--batch``, and the update job predicts a batch as a whole, then adds it to its users. Beside it, on the same
 ratings after the first tenth: MLlib ALS, trained anew after every tenth (a user or an input that it has not seen gets the
 mean), and, where the package river is installed, its matrix factorization with biases, event by event.
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ class Served:
             weights = view.weights_of(user) or view.unknown_weights
             prediction = view.score(weights, view.rows_of([item]).rows)[0][0]
             total += (label - np.clip(prediction, *view.model.prediction_range)) ** 2
-            self.overlay.insert([(Event(event_id, user, item, float(label), 1.0, time.isoformat()), True)])
+            at = datetime.fromtimestamp(time, timezone.utc).isoformat()
+            self.overlay.insert([(Event(event_id, user, item, float(label), 1.0, at), True)])
         return total
 
 
@@ -121,13 +123,11 @@ def run(
     by_part = []
     for part in parts[1:]:
         version = retrain(tables, settings, promote=True)["model_version"]
-        errors = 0.0
+        served.follow()
+        errors = served.squared_errors(ratings.iloc[part])
         for first in range(0, len(part), batch):
-            rows = ratings.iloc[part[first : first + batch]]
-            served.follow()
-            errors += served.squared_errors(rows)
-            append(tables, rows)
-            update(tables, settings)
+            append(tables, ratings.iloc[part[first : first + batch]])
+        update(tables, settings)
         row = of_version(tables, version)
         assert row["n"] == len(part)  # none waits: all inputs have attributes
         by_part.append({"n": len(part), "served": errors, "streamed": row["loss"]})

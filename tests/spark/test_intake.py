@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 from mtl import ingest, intake, schema
 from mtl.audit import _ingest_adds_up
 from mtl.config import Settings, load_settings
+from mtl.erase import erase
 from mtl.errors import ConfigError, InputError, ReplayError, StateError
 from mtl.ingest import ingest_events
 from mtl.intake import Intake, Tally, ingest_stream
@@ -88,6 +89,9 @@ def test_files_of_every_format_come_in_once_with_duplicates_within_and_across_ba
     done = tables.read(LEDGER).where(F.col(schema.STATE) == schema.DONE).orderBy(schema.BATCH_ID).collect()
     ranges = [json.loads(row[schema.OFFSETS]) for row in done]
     assert [one["end"] for one in ranges[:-1]] == [one["start"] for one in ranges[1:]]
+    erase(tables, settings(folder), events=["e3", "e13", "e20"])
+    assert kept(tables) == once(range(22)) - Counter(["e3", "e13", "e20"])
+    assert _ingest_adds_up(tables)["holds"]
 
 
 def test_a_file_ingested_both_ways_adds_nothing(tables: Tables, folder: Path) -> None:

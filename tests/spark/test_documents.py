@@ -166,7 +166,7 @@ def test_the_commands_of_operating(shell: Shell, spark: SparkSession) -> None:
     results = shell.results
     assert not any(audit["failed"] for audit in results["audit.py"])
     assert len(results["erase.py"]) == 3
-    assert results["rollback.py"][0]["model_version"] == 1
+    assert results["rollback.py"] == [{"live": 2, "was": 3}]
 
 
 def test_the_commands_of_sizing_and_what_the_guide_quotes_of_them() -> None:

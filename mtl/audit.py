@@ -71,9 +71,7 @@ def _ingest_adds_up(tables: Tables) -> Check:
     batch = batch_name().alias(BATCH)
     counts = (schema.OFFERED, schema.ACCEPTED, schema.DUPLICATES, schema.QUARANTINED)
     erased = tables.read(schema.LEDGER).where(F.col(schema.QUERY) == ERASE)
-    of = F.regexp_extract(schema.APPLICATION_ID, f"^{ERASE}-(.+)-", 1).alias(
-        BATCH
-    )  # a stream's batches have a - of their own
+    of = F.regexp_extract(schema.APPLICATION_ID, f"^{ERASE}-(.+)-", 1).alias(BATCH)  # names of batches may have a -
     erased = erased.where(~of.rlike("^v[0-9]+$")).select(of, schema.ACCEPTED, schema.QUARANTINED)
     written = {
         name: tables.read(table)

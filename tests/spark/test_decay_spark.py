@@ -86,7 +86,8 @@ def by_brute_force(tables: Tables, version: int) -> pd.DataFrame:
     return pd.DataFrame.from_dict(answers, "index").sort_index()
 
 
-@pytest.mark.parametrize("loss", ["squared", pytest.param("logistic", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
 def test_training_stream_and_audit_forget_alike_and_as_the_version_says(
     spark: SparkSession, tmp_path: Path, loss: str
 ) -> None:

@@ -319,6 +319,7 @@ def test_a_black_box_trains_and_its_stored_functions_predict_the_same(
 # --- Supervised features ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_supervised_features_are_stored_functions_that_new_inputs_without_labels_have_too(tables: Tables) -> None:
     attributed(tables)
     report = retrain(tables, settings('supervised.labels=["genres"]', "supervised.min_count=2", "model.k=auto"))

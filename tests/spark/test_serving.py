@@ -283,6 +283,7 @@ def test_a_features_table_that_was_rewritten_is_read_anew(copy: Copy) -> None:
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
 
 
+@pytest.mark.long
 def test_an_input_that_is_learnt_online_has_one_row_here_and_its_newest(copy: Copy) -> None:
     new = pd.DataFrame({INPUT_ID: ["late"], "year": [0.5], "colour": ["red"]})
     copy.tables.append(INPUTS, copy.tables.spark.createDataFrame(new))

@@ -58,6 +58,7 @@ def assert_users_have_their_sums_and_the_zeros(tables: Tables, model: Model, zer
     np.testing.assert_allclose(w, np.linalg.solve(Lambda, eta[..., None])[..., 0], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.long
 def test_users_and_stream_keep_plain_sums_and_weights_that_know_the_zeros(tables: Tables) -> None:
     filled(tables)
     report = retrain(tables, settings(f"model.implicit_weight={ZERO_WEIGHT}", "train.partitions=3"))

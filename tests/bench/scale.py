@@ -1,8 +1,8 @@
 """How retraining, the update stream and the server's store grow with events, users, inputs, k and cores.
 
 From one point of ``BASE`` sizes one size at a time is changed. Every point is a process of its own, so that memory is its
-own and one that dies of its size is reported as such. Where a size's largest points double the time, the exponent of a
-power law between the last two is near 1; ``exponents`` has it by axis and figure.
+own and one that dies of its size is reported as such. ``exponents`` has d log figure / d log size between the two largest
+points of each axis.
 
     python tests/bench/scale.py [--axes events users] [--out scale.json]
 """
@@ -116,8 +116,7 @@ def measure(events: int, users: int, inputs: int, k: int, cores: int, memory: st
             started = time.time()
             result = retrain(tables, settings)
             ended = time.time()
-        later = np.diff(ends)
-        pass_seconds = float(np.median(later))
+        pass_seconds = float(np.median(np.diff(ends)))
         fresh = spark.read.parquet(str(write_events(Path(folder), FRESH, users, inputs, seed=1))).select(*columns)
         tables.append(schema.EVENTS, fresh.withColumn(schema.EVENT_ID, F.concat(F.lit("fresh-"), schema.EVENT_ID)))
         streamed = update(tables, settings)
@@ -151,7 +150,8 @@ def passes() -> Iterator[list[float]]:
 
     log, handler = logging.getLogger("mtl"), Ends()
     log.addHandler(handler)
-    before, _ = log.level, log.setLevel(logging.INFO)
+    before = log.level
+    log.setLevel(logging.INFO)
     try:
         yield ends
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mtl.errors import StateError
 from mtl.serving.observations import Event, ObservationLog, parse, read, recover, sealed
 
 
@@ -79,3 +80,13 @@ def test_after_a_failed_write_nothing_of_it_is_ever_seen(tmp_path: Path, monkeyp
     log.append([event(2)])
     log.seal()
     assert sorted(e.event_id for e in read(sealed(tmp_path))) == ["e0", "e2"]
+
+
+def test_a_damaged_line_is_named_with_its_file(tmp_path: Path) -> None:
+    log = ObservationLog(tmp_path)
+    log.append([event(0), event(1)])
+    log.seal()
+    (path,) = sealed(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"e1", b'"'))
+    with pytest.raises(StateError, match=rf"{path.name}: line 2 is damaged"):
+        list(read([path]))

@@ -17,7 +17,10 @@ import pytest
 from made_up import EVENTS_BEFORE, fill
 from running import ROOT, Server, ask
 
+from mtl.config import load_settings
+from mtl.errors import ConfigError
 from mtl.serving.observations import read, sealed
+from mtl.serving.server import Folders
 from mtl.serving.store import Store
 
 
@@ -139,6 +142,11 @@ def test_a_store_of_other_tables_is_refused(filled: Path, tmp_path: Path, server
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1
     assert "is the copy of the tables under /elsewhere" in done.stderr
+
+
+def test_tables_in_a_catalog_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not from a catalog"):
+        Folders.of(load_settings([], ["tables.root=main.models"]))
 
 
 def test_without_any_version_it_waits_and_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mtl.config import Settings, load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.features import from_rows
 from mtl.ingest import ingest_events
+from mtl.intake import ingest_stream
 from mtl.materialize import features_of
 from mtl.models import load_model
 from mtl.retrain import retrain
@@ -142,6 +144,10 @@ def test_without_a_time_an_event_is_refused_where_it_comes_in_and_in_training(
     reasons = tables.read(schema.QUARANTINE).select(schema.REASON).distinct().collect()
     assert [row[0] for row in reasons] == ["event_time is missing (model.half_life_days)"]
     assert ingest_events(tables, settings(), str(tmp_path / "some.csv"), {}).accepted == 3
+    (tmp_path / "source").mkdir()
+    shutil.copy(tmp_path / "some.csv", tmp_path / "source")
+    streamed = ingest_stream(tables, settings(FORGETTING, f"source.path={tmp_path / 'source'}"))
+    assert (streamed.duplicates, streamed.quarantined) == (17, 3)
     with pytest.raises(StateError, match=r"needs a time of every event: 3 have none, one of them of user u\d"):
         retrain(tables, settings(FORGETTING))
     with pytest.raises(ConfigError, match=r"set model\.implicit_weight = 0"):

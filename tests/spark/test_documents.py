@@ -30,6 +30,8 @@ INGEST = (
     "python jobs/ingest.py --events ratings.csv --inputs movies.csv --columns input_id=movie,label=stars "
     "--set tables.root=tables"
 )
+# Figures of scale.py in the order of the guide's table.
+EXPONENTS = ("pass_seconds", "fixed_seconds", "write_seconds", "update_seconds", "store_seconds", "store_bytes")
 # What a command begins with that nothing here can run, and why.
 NOT_HERE = {
     "make ": "the targets are looked up below",
@@ -185,6 +187,12 @@ def test_the_commands_of_sizing_and_what_the_guide_quotes_of_them() -> None:
         f"{asked['store_gb_of_a_server']:.0f} GB, {asked['hours_of_a_servers_first_copy']:.0f} hours",
     ):
         assert quoted in guide, quoted
+    table = re.findall(r"^\| ([^|]+) \| ([−\d.]+) \| ([−\d.]+) \| ([−\d.]+) \| ([−\d.]+) \|$", guide, re.MULTILINE)
+    measured = json.loads((ROOT / "tests" / "bench" / "scale.json").read_text())["exponents"]
+    assert len(table) == len(EXPONENTS)
+    for (_, *row), figure in zip(table, EXPONENTS, strict=True):
+        of_axes = [measured[axis][figure] for axis in ("events", "users", "inputs", "k")]
+        assert [float(value.replace("−", "-")) for value in row] == of_axes, figure
 
 
 def test_the_targets_of_make_that_the_readme_names() -> None:

@@ -12,7 +12,7 @@ import pytest
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import functions as F
-from test_update import TRAINED, append, live, rows, settings, trained  # noqa: F401
+from streaming import TRAINED, append, rows, settings
 
 from mtl import models, schema
 from mtl.care import compact
@@ -30,7 +30,7 @@ INPUTS = [*(f"x{i}" for i in range(12)), "unheard"]
 
 
 @pytest.mark.long
-def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables) -> None:  # noqa: F811
+def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables) -> None:
     pairs = live.spark.createDataFrame(list(itertools.product(USERS, INPUTS)), f"{USER_ID} string, {INPUT_ID} string")
     logged = {}
     for moment in range(4):
@@ -68,7 +68,7 @@ def test_a_thousand_logged_predictions_are_rebuilt_to_the_last_bit(live: Tables)
     )
 
 
-def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> None:  # noqa: F811
+def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> None:
     with pytest.raises(StateError, match="no model version was live at 2020"):
         explain(live, "u1", "x1", datetime(2020, 1, 1, tzinfo=timezone.utc))
     nowhere = Tables(live.spark, f"{live.root}/nowhere")
@@ -78,7 +78,7 @@ def test_before_the_first_version_there_is_nothing_to_explain(live: Tables) -> N
 
 
 @pytest.mark.long
-def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Tables.version_at
     monkeypatch.setattr(
         Tables, "version_at", lambda self, table, at: None if table == schema.USERS else real(self, table, at)
@@ -88,7 +88,7 @@ def test_a_log_that_begins_later_is_said_to(live: Tables, monkeypatch: pytest.Mo
 
 
 @pytest.mark.long
-def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     at = datetime.now(timezone.utc)
     time.sleep(0.1)
     append(live, rows(np.arange(TRAINED, 300)))

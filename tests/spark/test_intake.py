@@ -22,6 +22,7 @@ from mtl.ingest import ingest_events
 from mtl.intake import Intake, Tally, ingest_stream
 from mtl.known import KnownEvents
 from mtl.schema import EVENT_ID, EVENTS, LEDGER, QUARANTINE
+from mtl.source import Columns
 from mtl.tables import Tables
 
 COUNTS = ("offered", "accepted", "duplicates", "quarantined")
@@ -383,6 +384,13 @@ def test_a_source_table_comes_in_by_its_appends_and_a_new_column_passes(tables: 
     retyped.write.format("delta").mode("overwrite").option("overwriteSchema", "true").save(path)
     with pytest.raises(InputError, match=r"column stars \(label\) was number and is text \(string\)"):
         ingest_stream(tables, delta, columns)
+
+
+def test_a_damaged_memory_of_columns_says_what_to_remove(tmp_path: Path) -> None:
+    path = tmp_path / "columns.json"
+    path.write_text("{")
+    with pytest.raises(StateError, match=rf"{path} is damaged: remove it"):
+        Columns(str(path))
 
 
 def test_settings_that_name_no_source_are_refused_in_one_line(tables: Tables, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.errors import StateError
 from mtl.forms import Form
-from mtl.model import Artefact, Model, model_row
+from mtl.model import Artefact, Model, model_of, model_row
 from mtl.models import load_model, next_version, promote, publish, rollback
 from mtl.prior import Prior
 from mtl.tables import Tables
@@ -47,6 +47,12 @@ def test_a_model_comes_back_from_its_row_as_it_was(tables: Tables) -> None:
                 assert getattr(back, name) == getattr(expected, name)
         np.testing.assert_array_equal(back.artefact.users.covariance, expected.artefact.users.covariance)
         assert back.d == 2
+
+
+def test_a_version_that_needs_a_package_that_is_not_there_names_it() -> None:
+    row = {schema.MODEL_VERSION: 3, schema.ARTEFACT: b"cno_such_package\nthing\n."}
+    with pytest.raises(StateError, match="model version 3 needs no_such_package, which is not installed"):
+        model_of(row)
 
 
 def test_without_versions_or_a_live_one_the_reason_names_the_job(tables: Tables) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from streaming import TRAINED, append, rows, settings
 from test_switch_spark import wait_for
-from test_update import TRAINED, append, live, rows, settings, trained  # noqa: F401
 
 from mtl import schema
 from mtl.drift import Seen
@@ -25,7 +25,7 @@ from mtl.tables import Tables
 from mtl.update import update
 
 
-def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_path: Path) -> None:  # noqa: F811
+def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from pyspark.sql import functions as F
-from test_update import PROBLEM, TRAINED, append, broken, live, rows, settings, state, trained  # noqa: F401
+from streaming import TRAINED, append, broken, rows, settings
 
 from mtl import models, schema
 from mtl.lock import exclusive
@@ -30,7 +30,7 @@ def events_of(tables: Tables) -> dict[int, int]:
     return dict(tables.read(USERS).groupBy(MODEL_VERSION).agg(F.sum(schema.N_EVENTS)).collect())
 
 
-def test_a_candidate_that_is_no_worse_on_fresh_events_goes_live(live: Tables) -> None:  # noqa: F811
+def test_a_candidate_that_is_no_worse_on_fresh_events_goes_live(live: Tables) -> None:
     retrain(live, settings())
     append(live, rows(np.arange(TRAINED, 300)))
     result = update(live, AUTOMATIC)
@@ -49,7 +49,7 @@ def test_a_candidate_that_is_no_worse_on_fresh_events_goes_live(live: Tables) ->
 
 
 @pytest.mark.long
-def test_a_worse_candidate_is_refused_and_its_users_are_left_alone(live: Tables) -> None:  # noqa: F811
+def test_a_worse_candidate_is_refused_and_its_users_are_left_alone(live: Tables) -> None:
     retrain(live, settings())
     worse = F.col(MODEL_VERSION) == 2
     live.delta(schema.FEATURES).update(worse, {schema.OFFSET: F.col(schema.OFFSET) + 5})
@@ -62,7 +62,7 @@ def test_a_worse_candidate_is_refused_and_its_users_are_left_alone(live: Tables)
 
 
 @pytest.mark.long
-def test_by_hand_nothing_is_promoted_or_refused(live: Tables) -> None:  # noqa: F811
+def test_by_hand_nothing_is_promoted_or_refused(live: Tables) -> None:
     retrain(live, settings())
     append(live, rows(np.arange(TRAINED, 300)))
     result = update(live, settings("switch.min_events=20"))
@@ -72,7 +72,7 @@ def test_by_hand_nothing_is_promoted_or_refused(live: Tables) -> None:  # noqa: 
 
 
 @pytest.mark.long
-def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:  # noqa: F811
+def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:
     retrain(live, settings())
     append(live, rows(np.arange(TRAINED, 300)))
     with exclusive(f"{folder_of(live, settings(), 2)}.lock", "the test"):
@@ -82,7 +82,7 @@ def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:  # noqa: 
 
 
 @pytest.mark.long
-def test_surprise_beyond_the_limit_asks_for_a_retraining_and_a_retraining_answers(live: Tables) -> None:  # noqa: F811
+def test_surprise_beyond_the_limit_asks_for_a_retraining_and_a_retraining_answers(live: Tables) -> None:
     stop = threading.Event()
     shifted = rows(np.arange(TRAINED, 350))
     shifted[schema.LABEL] += 20
@@ -100,7 +100,7 @@ def test_surprise_beyond_the_limit_asks_for_a_retraining_and_a_retraining_answer
     assert status(live) == {1: "live", 2: "candidate"}
 
 
-def test_the_running_job_follows_candidates_promotions_and_rollbacks(live: Tables) -> None:  # noqa: F811
+def test_the_running_job_follows_candidates_promotions_and_rollbacks(live: Tables) -> None:
     stop = threading.Event()
     running = settings("update.trigger_seconds=1", "switch.grace_seconds=3600")
     failures: list[BaseException] = []

@@ -10,119 +10,33 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from problems import planted
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from streaming import (
+    ONE_FILE_A_BATCH,
+    PROBLEM,
+    TRAINED,
+    append,
+    assert_same,
+    broken,
+    dying,
+    rows,
+    settings,
+    state,
+)
 
 from mtl import schema
 from mtl.arrow import matrix
 from mtl.audit import audit
-from mtl.config import Settings, load_settings
-from mtl.errors import ReplayError, StateError
+from mtl.errors import StateError
 from mtl.ingest import ingest_files
 from mtl.lock import exclusive
 from mtl.models import load_model
 from mtl.retrain import retrain
-from mtl.schema import EVENT_ID, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, USERS, WAITING, WEIGHT
+from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITING
 from mtl.stream import folder_of
 from mtl.tables import Tables
 from mtl.update import update
-from mtl.updater import Updater
-
-PROBLEM = planted(3, users=20, inputs=12, k=2, events=400)
-TRAINED = 250  # events that training sees; the others stream
-
-
-def settings(*assignments: str) -> Settings:
-    return load_settings(
-        [], ["tables.root=unused", "model.k=2", "train.iterations=3", "encode.min_category_count=1", *assignments]
-    )
-
-
-ONE_FILE_A_BATCH = settings("update.max_files_per_trigger=1")
-
-
-def rows(events: np.ndarray, users: str = "u", inputs: str = "x") -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            EVENT_ID: [f"{users}{inputs}{i}" for i in events],
-            USER_ID: [f"{users}{i}" for i in PROBLEM.user[events]],
-            INPUT_ID: [f"{inputs}{i}" for i in PROBLEM.input[events]],
-            LABEL: PROBLEM.label[events],
-            WEIGHT: PROBLEM.weight[events],
-        }
-    )
-
-
-def append(tables: Tables, events: pd.DataFrame, files: int = 1) -> None:
-    """One commit."""
-    missing = [
-        F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[schema.EVENTS] if c.name not in events
-    ]
-    new = tables.spark.createDataFrame(events).select("*", *missing)
-    new = new.coalesce(1) if files == 1 else new.repartition(files)
-    tables.append(schema.EVENTS, new.select(schema.SCHEMAS[schema.EVENTS].names))
-
-
-@pytest.fixture(scope="module")
-def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables with a live model over the first events; users u0 … u14 and u90 and inputs x0 … x11 have attributes."""
-    root = tmp_path_factory.mktemp("trained") / "tables"
-    tables = Tables(spark, str(root))
-    tables.create(*schema.SCHEMAS)
-    random = np.random.default_rng(0)
-    inputs = pd.DataFrame({INPUT_ID: [f"x{i}" for i in range(12)], "year": random.normal(size=12)})
-    users = pd.DataFrame({USER_ID: [*(f"u{i}" for i in range(15)), "u90"], "age": random.normal(size=16)})
-    tables.append(INPUTS, spark.createDataFrame(inputs), evolve=True)
-    tables.append(USER_ATTRIBUTES, spark.createDataFrame(users), evolve=True)
-    append(tables, rows(np.arange(TRAINED)))
-    retrain(tables, settings())
-    return root
-
-
-@pytest.fixture
-def live(spark: SparkSession, trained: Path, tmp_path: Path) -> Tables:
-    """A copy of the trained tables of the test's own."""
-    root = tmp_path / "tables"
-    shutil.copytree(trained, root)
-    return Tables(spark, str(root))
-
-
-def state(tables: Tables) -> pd.DataFrame:
-    kept = tables.read(USERS).select(USER_ID, schema.A, schema.B, schema.W, schema.N_EVENTS).toPandas()
-    return kept.set_index(USER_ID).sort_index()
-
-
-def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    assert one.index.equals(other.index)
-    assert (one[schema.N_EVENTS] == other[schema.N_EVENTS]).all()
-    for name in (schema.A, schema.B, schema.W):
-        np.testing.assert_allclose(np.stack(one[name]), np.stack(other[name]), rtol=1e-8, atol=1e-8)
-
-
-def broken(tables: Tables) -> list[str]:
-    """Invariants that fail; the events here come without ingest, so its own is left out."""
-    return [name for name in audit(tables, settings())["broken"] if name != "ingest_adds_up"]
-
-
-@contextmanager
-def dying(monkeypatch: pytest.MonkeyPatch, step: str, before: bool, call: int = 0) -> Iterator[None]:
-    """The job dies before or after its ``call``-th ``step``."""
-    real, calls = getattr(Updater, step), []
-
-    def die(self: Updater, *arguments: object, **named: object) -> object:
-        calls.append(step)
-        if before and len(calls) == call + 1:
-            raise RuntimeError("killed")
-        result = real(self, *arguments, **named)
-        if len(calls) == call + 1:
-            raise RuntimeError("killed")
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Updater, step, die)
-        with pytest.raises(RuntimeError, match="killed"):
-            yield
 
 
 def test_streaming_in_any_batching_and_order_equals_a_from_scratch_pass(live: Tables, tmp_path: Path) -> None:
@@ -242,19 +156,6 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     assert broken(live) == []
 
 
-@pytest.mark.long
-def test_recovery_does_not_learn_an_input_twice(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
-    append(live, rows(np.arange(TRAINED, 265)).assign(input_id="new"))
-    with dying(monkeypatch, "_learn_arrivals", before=False):  # its features are written, its users are not
-        update(live, settings())
-    shutil.rmtree(folder_of(live, settings(), 1))
-    update(live, settings(), from_ledger=True)
-    stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").first()
-    assert stored[schema.N_EVENTS] == 15
-    assert broken(live) == []
-
-
 @pytest.mark.parametrize(
     ("step", "before"),
     [
@@ -278,120 +179,6 @@ def test_an_event_of_an_unknown_input_waits_and_is_applied_when_the_input_arrive
     assert update(live, settings())["released"] == 0
     assert state(live)[schema.N_EVENTS].sum() == 270
     assert broken(live) == []
-
-
-def plan_more(tables: Tables) -> None:
-    """Damage the checkpoint: batch 0, applied once, is now planned with the events of one more commit."""
-    planned = Path(folder_of(tables, settings(), 1), "offsets", "0")
-    planned.with_name(".0.crc").unlink()
-    planned.write_text(planned.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
-
-
-def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    append(live, rows(np.arange(TRAINED, 260)))
-    with dying(monkeypatch, "_merge", before=False):
-        update(live, settings())
-    applied = state(live)
-    append(live, rows(np.arange(260, 280)))
-    plan_more(live)
-    with pytest.raises(ReplayError, match="damaged; nothing was applied"):
-        update(live, settings())
-    assert_same(state(live), applied)
-
-
-@pytest.mark.long
-def test_without_the_comparison_of_fingerprints_the_audit_sees_lost_events(
-    live: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(live, rows(np.arange(TRAINED, 260)))
-    with dying(monkeypatch, "_merge", before=False):
-        update(live, settings())
-    append(live, rows(np.arange(260, 280)))
-    plan_more(live)
-    monkeypatch.setattr("mtl.stream.check", lambda updater: None)
-    monkeypatch.setattr(Updater, "_compare", lambda *_: None)
-    update(live, settings())  # skipped by Delta's guard, as done
-    append(live, rows(np.arange(280, 300)))
-    update(live, settings())
-    assert state(live)[schema.N_EVENTS].sum() == 280
-    assert "users_equal_scratch" in broken(live)
-
-
-@pytest.mark.long
-def test_without_a_look_at_the_ledger_the_audit_sees_a_batch_twice(
-    live: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(live, rows(np.arange(TRAINED, 260)))
-    with dying(monkeypatch, "_merge", before=False):
-        update(live, settings())
-    monkeypatch.setattr(Updater, "_may_repeat", lambda self, application: False)
-    update(live, settings())
-    assert "update_adds_up" in broken(live)
-
-
-@pytest.mark.long
-def test_without_the_comparison_of_checkpoints_the_audit_sees_doubled_events(
-    live: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(live, rows(np.arange(TRAINED, 260)))
-    update(live, settings())
-    shutil.rmtree(folder_of(live, settings(), 1))
-    monkeypatch.setattr("mtl.stream.check", lambda updater: None)
-    update(live, settings())
-    assert "users_equal_scratch" in broken(live)
-
-
-@pytest.mark.parametrize("lost", ["", pytest.param("offsets", marks=pytest.mark.long)])
-def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tables, lost: str) -> None:
-    append(live, rows(np.arange(TRAINED, 260)))
-    update(live, settings())
-    shutil.rmtree(Path(folder_of(live, settings(), 1), lost))
-    with pytest.raises(ReplayError, match="--recover"):
-        update(live, settings())
-
-
-@pytest.mark.parametrize(
-    ("step", "files"),
-    [
-        ("_merge", 1),
-        pytest.param("_set_aside", 64, marks=pytest.mark.long),
-        pytest.param(None, 1, marks=pytest.mark.long),
-        pytest.param("_write_ledger", 64, marks=pytest.mark.long),
-    ],
-)
-def test_recovery_goes_on_from_the_ledger_whatever_died_and_wherever_in_a_commit(
-    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, files: int
-) -> None:
-    limited = settings(f"update.max_files_per_trigger={files}")
-    events = pd.concat([rows(np.arange(TRAINED, 330)), rows(np.arange(TRAINED, 255), inputs="unheard")])
-    append(live, events.sample(frac=1, random_state=0), files=3)
-    if step:
-        with dying(monkeypatch, step, before=False, call=1 if files == 1 else 0):
-            update(live, limited)
-    else:
-        update(live, limited)
-    checkpoint = Path(folder_of(live, limited, 1))
-    shutil.rmtree(checkpoint / "offsets")
-    if step != "_set_aside":  # with nothing in the ledger there is nothing that it could contradict
-        with pytest.raises(ReplayError, match="--recover"):
-            update(live, limited)
-    update(live, limited, from_ledger=True)
-    assert update(live, limited)["batches"] == 0
-    assert (state(live)[schema.N_EVENTS].sum(), live.read(WAITING).count()) == (330, 5)
-    assert broken(live) == []
-
-
-@pytest.mark.long
-def test_without_what_a_checkpoint_had_read_the_audit_sees_doubled_events(
-    live: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(live, rows(np.arange(TRAINED, 330)), files=3)
-    with dying(monkeypatch, "_merge", before=False, call=1):
-        update(live, ONE_FILE_A_BATCH)
-    shutil.rmtree(Path(folder_of(live, ONE_FILE_A_BATCH, 1), "offsets"))
-    monkeypatch.setattr("mtl.stream.already_applied", lambda updater: None)
-    update(live, ONE_FILE_A_BATCH, from_ledger=True)
-    assert "users_equal_scratch" in broken(live)
 
 
 def test_a_second_job_on_the_same_version_is_refused(live: Tables) -> None:

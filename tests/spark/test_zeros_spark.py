@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pyspark.sql import functions as F
-from test_update import PROBLEM, TRAINED, append, broken, rows, settings
+from streaming import PROBLEM, TRAINED, append, broken, rows, settings
 
 from mtl import features, gaussian, schema
 from mtl.arrow import matrix

@@ -42,6 +42,8 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
+        # VACUUM lists the smallest table in as many tasks as this, 10,000 by default, which takes two cores a minute.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(8 * settings.shuffle_partitions),
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",

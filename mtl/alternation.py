@@ -8,7 +8,7 @@ between the sides travel only sums: a user's (A, b), an input's (A_x, b_x) over 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -60,14 +60,29 @@ def posteriors(
     return gaussian.posterior(precision / noise + gaussian.pack(prior_precision), information / noise + towards)
 
 
-def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Posterior) -> InputSums:
+class Extended(NamedTuple):
+    """Moments of n users' extended vectors w̃ = [1, w_u], e = d+1 = k+2."""
+
+    second: Array  # E[w̃w̃ᵀ], packed (n, e(e+1)/2)
+    mean: Array  # E[w̃], (n, e)
+
+    @classmethod
+    def empty(cls, n: int, d: int, dtype: Any) -> Extended:
+        return cls(np.empty((n, gaussian.packed_length(d + 1)), dtype), np.empty((n, d + 1), dtype))
+
+    @classmethod
+    def of(cls, users: Posterior, dtype: Any = np.float64) -> Extended:
+        """In another precision, if it is the sums' of :func:`input_sums`."""
+        mean = np.column_stack([np.ones(len(users.mean)), users.mean]).astype(dtype)
+        second = gaussian.outer(mean)
+        # Past the first row of the triangle: w̃₀ = 1 is certain.
+        second[:, mean.shape[1] :] += users.covariance.astype(dtype)
+        return cls(second, mean)
+
+
+def input_sums(weights: sp.csr_matrix, labels: sp.csr_matrix, users: Extended) -> InputSums:
     """(A_x, b_x) of every input, over the events of these users."""
-    mean = np.column_stack([np.ones(len(users.mean)), users.mean]).astype(weights.dtype)
-    second = gaussian.outer(mean)
-    second[:, mean.shape[1] :] += users.covariance.astype(
-        weights.dtype
-    )  # past the first row of the triangle: w̃₀ = 1 is certain
-    return InputSums(_by_columns(weights.T, second, weights.shape[1]), labels.T @ mean)
+    return InputSums(_by_columns(weights.T, users.second, weights.shape[1]), labels.T @ users.mean)
 
 
 def input_evidence(sums: InputSums, mu: float) -> tuple[Array, Array]:
@@ -83,12 +98,16 @@ def input_evidence(sums: InputSums, mu: float) -> tuple[Array, Array]:
 def squared_error(sums: InputSums, inputs: Posterior, mu: float) -> float:
     """Σ c E[(y − h)²] − Σ c y² over the events behind ``sums``, from the sums alone."""
     e = sums.first.shape[1]
-    mean = np.insert(inputs.mean, 1, 1.0, axis=1)
-    mean[:, 0] += mu
-    second = gaussian.outer(mean)
     rows, columns = gaussian.triangle(e)
-    second[:, (rows != 1) & (columns != 1)] += inputs.covariance
-    return float(np.sum(gaussian.inner(sums.second, second, e)) - 2 * np.sum(sums.first * mean))
+    of_input = np.flatnonzero((rows != 1) & (columns != 1))
+    total = 0.0
+    for part in gaussian.parts(len(inputs.mean), e):
+        mean = np.insert(inputs.mean[part], 1, 1.0, axis=1)
+        mean[:, 0] += mu
+        second = gaussian.outer(mean)
+        second[:, of_input] += inputs.covariance[part]
+        total += np.sum(gaussian.inner(sums.second[part], second, e)) - 2 * np.sum(sums.first[part] * mean)
+    return float(total)
 
 
 def _by_columns(events: sp.spmatrix, moments: Array, n_inputs: int) -> Array:

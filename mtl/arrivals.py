@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtl import alternation, blocks, features, gaussian, schema
+from mtl.alternation import Extended
 from mtl.arrow import lists, matrix
 from mtl.features import Features
 from mtl.gaussian import Array
@@ -72,7 +73,7 @@ def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Ar
         believed = beliefs(weights, users, inputs.current.take(which))
         precision, information = loss.working(*believed, weights.data, labels.data)
         weights, labels = like(weights, precision), like(weights, information)
-    a, b = alternation.input_evidence(alternation.input_sums(weights, labels, users), model.mean_label)
+    a, b = alternation.input_evidence(alternation.input_sums(weights, labels, Extended.of(users)), model.mean_label)
     return inputs.ids.take(pa.array(which)), np.column_stack([a, b, np.bincount(column, minlength=len(which))])
 
 

@@ -24,7 +24,7 @@ _SWEEP_LIMIT = 24
 FEW = 8
 # From 1.17 on SciPy inverts a batch of triangles, in half the time of NumPy, which takes them for full; before, one a call.
 _HAS_TRIANGLES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 17)
-_SWEEP_BYTES = 1 << 19  # a block of matrices that stays in the second-level cache
+_SWEEP_BYTES = 1 << 19
 _NOT_DEFINITE = "a precision matrix is not positive definite"
 
 
@@ -110,7 +110,7 @@ def posterior(precision: Array, information: Array) -> Posterior:
     n, d = information.shape
     found = Posterior(np.empty((n, d)), np.empty_like(precision), np.empty(n))
     solve = _one_by_one if n <= FEW else _swept if d <= _SWEEP_LIMIT else _factored
-    for part in _parts(n, d):
+    for part in parts(n, d):
         for values, solved in zip(found, solve(precision[part], information[part], d), strict=True):
             values[part] = solved
     return found
@@ -126,11 +126,11 @@ def inverse(packed: Array, d: int) -> tuple[Array, Array]:
     return found.covariance, -found.log_determinant
 
 
-def _parts(n: int, d: int) -> Iterator[slice]:
-    """Runs of matrices that stay in the second-level cache."""
-    step = max(1, _SWEEP_BYTES // (8 * d * d))
+def parts(n: int, d: int, at_once: int = _SWEEP_BYTES) -> Iterator[slice]:
+    """Runs of d×d matrices of so many bytes: by default they stay in the second-level cache."""
+    step = max(1, at_once // (8 * d * d))
     for start in range(0, n, step):
-        yield slice(start, start + step)
+        yield slice(start, min(start + step, n))
 
 
 def _one_by_one(precision: Array, information: Array, d: int) -> Posterior:

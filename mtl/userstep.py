@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mtl import alternation, blocks, gaussian
-from mtl.alternation import InputSums
+from mtl.alternation import Extended, InputSums
 from mtl.blocks import EventBlock
 from mtl.features import Features
 from mtl.forms import Form
@@ -20,6 +20,9 @@ from mtl.zeros import WithZeros, zeros_of
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
 _START_VARIANCE = 0.1
 _START_CHUNK = 1024  # inputs that share one random stream
+# Of the matrices of users whose posteriors are held at once: larger arrays get their memory from the system anew each time,
+# which costs as much as what is done with it.
+_BYTES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -104,28 +107,35 @@ class UserStep:
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
         for users in block.parts():
-            attributes, entries = block.attributes[users], block.entries(users)
             weights, labels = (
                 block.matrix(values.astype(dtype, copy=False))[users] for values in (precision, information)
             )
-            a, b = (of_users.astype(float, copy=False) for of_users in alternation.user_sums(weights, labels, features))
-            posteriors = self.prior.posteriors(a, b, attributes, self.noise)
-            moments.append(self.prior.moments(posteriors, attributes))
-            if not self.loss.is_quadratic:
-                mean, variance = beliefs(weights, posteriors, features)
+            a, b = alternation.user_sums(weights, labels, features)
+            extended = Extended.empty(len(a), b.shape[1], dtype)
+            for part in gaussian.parts(len(a), b.shape[1], _BYTES_AT_ONCE):
+                few = slice(users.start + part.start, users.start + part.stop)
+                attributes, entries = block.attributes[few], block.entries(few)
+                posteriors = self.prior.posteriors(a[part].astype(float), b[part].astype(float), attributes, self.noise)
+                moments.append(self.prior.moments(posteriors, attributes))
+                for values, of_few in zip(extended, Extended.of(posteriors, dtype), strict=True):
+                    values[part] = of_few
+                if zeros is not None:
+                    zeros += zeros_of(posteriors)
+                if block.extra is not None:
+                    held_out += self._surprise(block, few, posteriors, features)
+                if self.loss.is_quadratic:
+                    continue
+                mean, variance = beliefs(weights[part], posteriors, features)
                 events = mean, variance, block.weights[entries], block.labels[entries]
                 for values, fresh in zip((precision, information), self.loss.working(*events), strict=True):
                     values[entries] += self.step * (fresh - values[entries])
                 surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
                 constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
+            if not self.loss.is_quadratic:
                 weights, labels = (block.matrix(values)[users] for values in (precision, information))
-            if block.extra is not None:
-                held_out += self._surprise(block, users, posteriors, features)
-            said = alternation.input_sums(weights, labels, posteriors)
+            said = alternation.input_sums(weights, labels, extended)
             sums.second[:] += said.second
             sums.first[:] += said.first
-            if zeros is not None:
-                zeros += zeros_of(posteriors)
         if not self.loss.is_quadratic:
             block = replace(block, precision=precision, information=information)
         return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros)

@@ -13,6 +13,7 @@ from scipy import sparse
 from sklearn.linear_model import Ridge
 
 from mtl import alternation, gaussian
+from mtl.alternation import Extended
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
 from mtl.prior import Prior
@@ -67,7 +68,7 @@ def test_user_sums_are_the_expectations_over_every_event(small) -> None:
 
 def test_input_sums_are_the_expectations_over_every_event(small) -> None:
     events, users, _ = small
-    sums = alternation.input_sums(*matrices(events), users)
+    sums = alternation.input_sums(*matrices(events), Extended.of(users))
     A, B = np.zeros((INPUTS, D + 1, D + 1)), np.zeros((INPUTS, D + 1))
     for u, x, y, c in events:
         A[x] += c * expectation(lambda w: np.outer([1, *w], [1, *w]), users, u)
@@ -78,7 +79,9 @@ def test_input_sums_are_the_expectations_over_every_event(small) -> None:
 
 def test_the_evidence_of_an_input_is_a_regression_of_what_its_users_leave_over(small) -> None:
     events, users, _ = small
-    precision, information = alternation.input_evidence(alternation.input_sums(*matrices(events), users), MEAN_LABEL)
+    precision, information = alternation.input_evidence(
+        alternation.input_sums(*matrices(events), Extended.of(users)), MEAN_LABEL
+    )
     A, B = np.zeros((INPUTS, D, D)), np.zeros((INPUTS, D))
     for u, x, y, c in events:
         A[x] += c * expectation(lambda w: np.outer(phi(w), phi(w)), users, u)
@@ -94,7 +97,7 @@ def test_the_squared_error_is_the_expectation_over_both_sides(small) -> None:
         exact += c * expectation(
             lambda w, x=x, y=y: expectation(lambda v: (y - MEAN_LABEL - v[0] - w @ phi(v)) ** 2, inputs, x), users, u
         )
-    sums = alternation.input_sums(*matrices(events), users)
+    sums = alternation.input_sums(*matrices(events), Extended.of(users))
     labels = sum(c * y**2 for _, _, y, c in events)
     assert alternation.squared_error(sums, inputs, MEAN_LABEL) + labels == pytest.approx(exact, rel=1e-10)
 
@@ -219,7 +222,7 @@ def test_products_by_columns_are_the_whole_products(cache_bytes: int, monkeypatc
     a, _ = alternation.user_sums(block.weight_matrix, block.label_matrix, features.take(block.inputs))
     np.testing.assert_allclose(a, block.weight_matrix.toarray() @ features.second_moment[block.inputs], atol=1e-12)
     users = gaussians(1, len(block), 4)
-    said = alternation.input_sums(block.weight_matrix, block.label_matrix, users)
+    said = alternation.input_sums(block.weight_matrix, block.label_matrix, Extended.of(users))
     mean = np.column_stack([np.ones(len(block)), users.mean])
     second = gaussian.outer(mean)
     second[:, 5:] += users.covariance

@@ -11,7 +11,7 @@ import pytest
 from problems import certain, gaussians, planted
 
 from mtl import alternation, gaussian
-from mtl.alternation import InputSums
+from mtl.alternation import Extended, InputSums
 from mtl.basis import Boosting, OracleBasis, Refitting, fit_one, integrated_weights
 from mtl.errors import OracleError
 from mtl.gaussian import Array
@@ -62,7 +62,7 @@ def problem():
 @pytest.fixture(scope="module")
 def sums(problem) -> InputSums:
     block = problem.block()
-    return alternation.input_sums(block.weight_matrix, block.label_matrix, gaussians(0, len(block), D))
+    return alternation.input_sums(block.weight_matrix, block.label_matrix, Extended.of(gaussians(0, len(block), D)))
 
 
 @pytest.fixture(scope="module")

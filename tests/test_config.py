@@ -36,7 +36,13 @@ def mistake(*assignments, files=()):
     return reason
 
 
-# --- The default file -------------------------------------------------------------------------------------------------
+# --- The default file, and those beside it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(DEFAULTS.parent.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_file_of_settings_changes_the_defaults_alone(file):
+    changed = load_settings([file]) != load_settings()
+    assert changed == (file != DEFAULTS)
 
 
 def default_lines():

@@ -3,7 +3,7 @@
 A feeder commits the events of every second; the update job runs beside it with processing-time triggers, in the same
 session on the same cores. An event counts as visible when the batch that holds it is committed.
 
-    python tests/bench/latency.py [--rate 1000 --seconds 120 --users 100000]
+    python tests/bench/latency.py [--rate 1000 --seconds 120 --users 100000 --conf conf/small-batches.toml]
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=30, help="seconds that are not counted (default: %(default)s)")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--trigger", type=float, default=1.0, help="update.trigger_seconds (default: %(default)s)")
+    parser.add_argument("--conf", action="append", default=[], help="further settings, as conf/small-batches.toml")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
-            [],
+            arguments.conf,
             [f"tables.root={folder}", f"update.trigger_seconds={arguments.trigger}", "care.compact_every_batches=0"],
         )
         spark = open_session(settings.spark, "bench latency")

@@ -23,8 +23,8 @@ _SWEEP_LIMIT = 24
 # Up to this many matrices a LAPACK call each beats both.
 FEW = 8
 # From 1.17 on SciPy inverts a batch of triangles, in half the time of NumPy, which takes them for full; before, one a call.
-_HAS_TRIANGLES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 17)
-_SWEEP_BYTES = 1 << 19
+_SCIPY_TAKES_BATCHES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 17)
+_CACHE_BYTES = 1 << 19  # of matrices that stay in the second-level cache
 _NOT_DEFINITE = "a precision matrix is not positive definite"
 
 
@@ -108,8 +108,10 @@ def posterior(precision: Array, information: Array) -> Posterior:
         numpy.linalg.LinAlgError: a precision is not positive definite.
     """
     n, d = information.shape
+    if n <= FEW:
+        return _one_by_one(precision, information, d)
     found = Posterior(np.empty((n, d)), np.empty_like(precision), np.empty(n))
-    solve = _one_by_one if n <= FEW else _swept if d <= _SWEEP_LIMIT else _factored
+    solve = _swept if d <= _SWEEP_LIMIT else _factored
     for part in parts(n, d):
         for values, solved in zip(found, solve(precision[part], information[part], d), strict=True):
             values[part] = solved
@@ -126,8 +128,8 @@ def inverse(packed: Array, d: int) -> tuple[Array, Array]:
     return found.covariance, -found.log_determinant
 
 
-def parts(n: int, d: int, at_once: int = _SWEEP_BYTES) -> Iterator[slice]:
-    """Runs of d×d matrices of so many bytes: by default they stay in the second-level cache."""
+def parts(n: int, d: int, at_once: int = _CACHE_BYTES) -> Iterator[slice]:
+    """Runs of n d×d matrices that take ``at_once`` bytes at most, or are one."""
     step = max(1, at_once // (8 * d * d))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
@@ -160,7 +162,7 @@ def _factored(precision: Array, information: Array, d: int) -> Posterior:
 
 
 def _inverses_of_triangles(lower: Array) -> Array:
-    if _HAS_TRIANGLES:
+    if _SCIPY_TAKES_BATCHES:
         return scipy.linalg.inv(lower, assume_a="lower triangular", check_finite=False)
     return np.linalg.inv(lower)
 

@@ -123,14 +123,10 @@ class UserStep:
                     zeros += zeros_of(posteriors)
                 if block.extra is not None:
                     held_out += self._surprise(block, few, posteriors, features)
-                if self.loss.is_quadratic:
-                    continue
-                mean, variance = beliefs(weights[part], posteriors, features)
-                events = mean, variance, block.weights[entries], block.labels[entries]
-                for values, fresh in zip((precision, information), self.loss.working(*events), strict=True):
-                    values[entries] += self.step * (fresh - values[entries])
-                surrogate = precision[entries] @ (mean**2 + variance) - 2 * information[entries] @ mean
-                constant += 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
+                if not self.loss.is_quadratic:
+                    believed = beliefs(weights[part], posteriors, features)
+                    events = *believed, block.weights[entries], block.labels[entries]
+                    constant += self._rework(events, precision[entries], information[entries])
             if not self.loss.is_quadratic:
                 weights, labels = (block.matrix(values)[users] for values in (precision, information))
             said = alternation.input_sums(weights, labels, extended)
@@ -139,6 +135,18 @@ class UserStep:
         if not self.loss.is_quadratic:
             block = replace(block, precision=precision, information=information)
         return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros)
+
+    def _rework(self, events: tuple[Array, ...], precision: Array, information: Array) -> float:
+        """Move the events' working values, in place; what the deviance has beside what sums of these give.
+
+        Args:
+            events: mean and variance of h, weights and weighted labels.
+        """
+        for values, fresh in zip((precision, information), self.loss.working(*events), strict=True):
+            values += self.step * (fresh - values)
+        mean, variance, *_ = events
+        surrogate = precision @ (mean**2 + variance) - 2 * information @ mean
+        return 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
 
     def _surprise(self, block: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
         """Of the events held out, under what the users know of the others."""

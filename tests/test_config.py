@@ -40,7 +40,7 @@ def mistake(*assignments, files=()):
 
 
 @pytest.mark.parametrize("file", sorted(DEFAULTS.parent.glob("*.toml")), ids=lambda file: file.stem)
-def test_every_file_of_settings_changes_the_defaults_alone(file):
+def test_every_file_of_settings_is_valid_and_says_something_new(file):
     changed = load_settings([file]) != load_settings()
     assert changed == (file != DEFAULTS)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from problems import planted
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from streaming import TRAINED, append, rows
 
 from mtl import schema
 from mtl.config import Settings, load_settings
@@ -33,35 +33,11 @@ from mtl.tables import Tables
 from mtl.update import update
 from mtl.updater import Updater
 
-PROBLEM = planted(3, users=20, inputs=12, k=2, events=400)
-TRAINED = 250
-
 
 def settings(*assignments: str) -> Settings:
     return load_settings(
         [], ["tables.root=unused", "model.k=2", "train.iterations=2", "encode.min_category_count=1", *assignments]
     )
-
-
-def rows(events: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            EVENT_ID: [f"e{i}" for i in events],
-            USER_ID: [f"u{i}" for i in PROBLEM.user[events]],
-            INPUT_ID: [f"x{i}" for i in PROBLEM.input[events]],
-            LABEL: PROBLEM.label[events],
-            WEIGHT: PROBLEM.weight[events],
-        }
-    )
-
-
-def append(tables: Tables, events: pd.DataFrame, files: int = 1) -> None:
-    missing = [
-        F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[schema.EVENTS] if c.name not in events
-    ]
-    new = tables.spark.createDataFrame(events).select("*", *missing)
-    new = new.coalesce(1) if files == 1 else new.repartitionByRange(files, EVENT_ID)
-    tables.append(EVENTS, new.select(schema.SCHEMAS[EVENTS].names))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,13 @@ def moment(text: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text}: write name=value")
+    return name, value
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user", required=True, metavar="ID")
     parser.add_argument("--input", required=True, metavar="ID")
@@ -32,10 +39,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="such as 2026-11-25T12:00:00 (UTC unless it says otherwise); default: now",
     )
+    parser.add_argument("--offset", type=float, metavar="H", help="the known part of h that the question came with")
+    parser.add_argument(
+        "--context", type=pair, action="append", default=[], metavar="NAME=VALUE", help="of model.contexts; repeatable"
+    )
 
 
 def work(spark: SparkSession, settings: Settings, parsed: argparse.Namespace) -> dict[str, Any]:
-    return explain(Tables(spark, settings.tables.root), parsed.user, parsed.input, parsed.at)
+    tables, context = Tables(spark, settings.tables.root), dict(parsed.context)
+    return explain(tables, parsed.user, parsed.input, parsed.at, parsed.offset, context)
 
 
 if __name__ == "__main__":

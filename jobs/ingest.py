@@ -19,10 +19,11 @@ from mtl.tables import Tables
 DESCRIPTION = """\
 Ingest files of events, input attributes and user attributes: Parquet, CSV with a header, or JSON lines.
 
-events: user_id, input_id, label; weight (default 1), event_id and event_time if there are any. event_time is ISO 8601
-text, a timestamp, or an epoch in seconds (above 1e11 milliseconds, above 1e14 microseconds, above 1e17 nanoseconds).
-An event without event_id gets one from its content (SHA-256 over user_id, input_id, label, weight, event_time), so the
-same file again adds nothing and a repeated row counts once; give event_id where a repeated row is meant twice.
+events: user_id, input_id, label; weight (default 1), offset (a known part of h, default 0), event_id and event_time if
+there are any, and the columns that model.contexts names. event_time is ISO 8601 text, a timestamp, or an epoch in seconds
+(above 1e11 milliseconds, above 1e14 microseconds, above 1e17 nanoseconds).
+An event without event_id gets one from its content (SHA-256 over all the columns above), so the same file again adds
+nothing and a repeated row counts once; give event_id where a repeated row is meant twice.
 inputs, users: input_id or user_id, and any columns; they update by key.
 Rows that cannot be used go to the table quarantine with all their reasons.
 

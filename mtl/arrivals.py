@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from mtl import alternation, blocks, features, gaussian, schema
 from mtl.alternation import Extended
 from mtl.arrow import lists, matrix
+from mtl.contexts import offsets_of
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
@@ -26,7 +27,7 @@ from mtl.model import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.score import STATE, states_of
 from mtl.users import SharedInputs
-from mtl.working import beliefs, like
+from mtl.working import added, beliefs, left, like
 
 
 def shared_inputs(rows: pa.Table, model: Model) -> SharedInputs:
@@ -67,12 +68,14 @@ def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Ar
 
     which, column = np.unique(place, return_inverse=True)
     label, weight = events[LABEL].to_numpy(), events[WEIGHT].to_numpy()
-    weights, labels = blocks.csr(row[: len(events)], column, label, weight, n_users, len(which))
+    pairs = row[: len(events)], column, label, weight, n_users, len(which)
+    weights, labels, offsets = blocks.entries(*pairs, offsets_of(events, model.artefact.effects))
     loss = LOSSES[model.loss]
     if not loss.is_quadratic:
-        believed = beliefs(weights, users, inputs.current.take(which))
+        believed = added(beliefs(weights, users, inputs.current.take(which)), offsets)
         precision, information = loss.working(*believed, weights.data, labels.data)
         weights, labels = like(weights, precision), like(weights, information)
+    labels = left(weights, labels, offsets)
     a, b = alternation.input_evidence(alternation.input_sums(weights, labels, Extended.of(users)), model.mean_label)
     return inputs.ids.take(pa.array(which)), np.column_stack([a, b, np.bincount(column, minlength=len(which))])
 

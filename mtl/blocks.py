@@ -17,13 +17,15 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from mtl.earlier import Evidence
+from mtl.effects import Effects, Offsets, together
 from mtl.gaussian import Array
 
 # Users whose statistics are held at once: every run of them costs one dense sum over all inputs seen.
 USERS_AT_ONCE = 65_536
 
 # Roles of events in training; their users' own weights see all of them.
-TRAINED, HELD_OUT, CAPPED = 0, 1, 2
+TRAINED, HELD_OUT, CAPPED, EARLIER = 0, 1, 2, 3
 
 ARROW_SCHEMA = pa.schema(
     [
@@ -35,16 +37,29 @@ ARROW_SCHEMA = pa.schema(
         ("places", pa.binary()),
         ("weights", pa.binary()),
         ("labels", pa.binary()),
+        ("offset", pa.binary()),
+        ("contexts", pa.binary()),
         ("precision", pa.binary()),
         ("information", pa.binary()),
+        ("earlier_precision", pa.binary()),
+        ("earlier_information", pa.binary()),
         ("extra_starts", pa.binary()),
         ("extra_places", pa.binary()),
         ("extra_weights", pa.binary()),
         ("extra_labels", pa.binary()),
+        ("extra_offset", pa.binary()),
+        ("extra_contexts", pa.binary()),
         ("extra_roles", pa.binary()),
     ]
 )
 _EXTRA = "extra_"
+_OF_USERS = {"attributes", "earlier_precision", "earlier_information"}  # matrices
+_OF_ENTRIES = ("places", "weights", "labels", "offset", "contexts")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("inputs", "starts", "places", "contexts"), np.int32),
+    "n_events": np.int64,
+    "roles": np.uint8,
+}
 DDL = ", ".join(f"{name} binary" for name in ARROW_SCHEMA.names)
 
 
@@ -56,25 +71,22 @@ class ExtraEvents:
     places: NDArray[Any]
     weights: NDArray[Any]
     labels: NDArray[Any]
+    offset: NDArray[Any] | None
+    contexts: NDArray[Any] | None
     roles: NDArray[Any]
 
-    def matrix(self, values: NDArray, shape: tuple[int, int]) -> sp.csr_matrix:
-        """(users, inputs seen) with ``values`` for the entries."""
-        return sp.csr_matrix((values, self.places, self.starts), shape)
 
-    def of_rows(self, row: NDArray[np.integer], chosen: NDArray[np.bool_], n_users: int) -> ExtraEvents:
-        """The entries that are ``chosen``; row (entries,) is each one's user."""
-        counts = np.bincount(row[chosen], minlength=n_users)
-        arrays = (self.places, self.weights, self.labels, self.roles)
-        return ExtraEvents(np.append(0, np.cumsum(counts)).astype(np.int32), *(values[chosen] for values in arrays))
+_NOTHING = np.zeros(0)
+_NO_EXTRA = ExtraEvents(np.zeros(1, np.int32), _NOTHING.astype(np.int32), _NOTHING, _NOTHING, None, None, _NOTHING)
 
 
 @dataclass(frozen=True)
 class EventBlock:
     """Some users' events: a CSR pattern (users, inputs seen) with weights c and weighted labels c·y.
 
-    Under another loss than the squared one the entries also have working values (:mod:`mtl.losses`), which change from
-    pass to pass; without them the weights and labels are what enters the sums.
+    Events of one pair are one entry, unless any event has an offset or contexts (:mod:`mtl.effects`). Under another loss than
+    the squared one the entries also have working values (:mod:`mtl.losses`), which change from pass to pass; without them the
+    weights and labels are what enters the sums.
     """
 
     attributes: Array  # (users, p), first column 1
@@ -87,7 +99,11 @@ class EventBlock:
     users: pa.Array | None = None  # ids, (users,); None where a pass does not need them
     precision: Array | None = None  # c·ω of each entry
     information: Array | None = None  # c·ω·z
+    offset: Array | None = None  # that the events of the entries came with
+    contexts: NDArray[np.int32] | None = None  # codes of their contexts' values, (entries, contexts)
     extra: ExtraEvents | None = None  # that θ is not trained on
+    earlier_precision: Array | None = None  # of each user, packed (users, ·): what earlier events said (mtl.earlier)
+    earlier_information: Array | None = None  # (users, d)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -104,26 +120,58 @@ class EventBlock:
     def label_matrix(self) -> sp.csr_matrix:
         return self.matrix(self.labels)
 
+    def offsets(self, effects: Effects) -> Offsets | None:
+        """What is known of h of every entry beside user and input; None where it is 0."""
+        return together(self.offset, self.contexts, effects)
+
+    def has(self, *roles: int) -> bool:
+        """Whether it has events of any of these roles, apart from those that are trained on."""
+        return self.extra is not None and bool(np.isin(self.extra.roles, roles).any())
+
     def with_extra(self, *roles: int) -> EventBlock:
         """The block with the events of some roles among those it is trained on."""
-        if self.extra is None or not np.isin(self.extra.roles, roles).any():
+        if self.extra is None or not self.has(*roles):
             return self
-        extra = self.extra.matrix(np.arange(len(self.extra.roles)), self.weight_matrix.shape).tocoo()
-        added = np.isin(self.extra.roles, roles)
-        parts = []
-        for matrix, values in ((self.weight_matrix, self.extra.weights), (self.label_matrix, self.extra.labels)):
-            own = matrix.tocoo()
-            row, column = np.append(own.row, extra.row[added]), np.append(own.col, extra.col[added])
-            parts.append(sp.coo_matrix((np.append(own.data, values[added]), (row, column)), matrix.shape).tocsr())
-        weights, labels = parts
+        extra, of_extra = self.extra, np.repeat(np.arange(len(self)), np.diff(self.extra.starts))
+        added = np.isin(extra.roles, roles)
+        row = np.append(np.repeat(np.arange(len(self)), np.diff(self.starts)), of_extra[added])
+        starts, order = _in_rows(row, len(self))
+        rest, left = _in_rows(of_extra[~added], len(self))
+
+        def both(name: str) -> Any:
+            own, its = getattr(self, name), getattr(extra, name)
+            return None if own is None else np.concatenate([own, its[added]])[order]
+
         return replace(
             self,
-            starts=weights.indptr.astype(np.int32),
-            places=weights.indices.astype(np.int32),
-            weights=weights.data,
-            labels=labels.data,
-            extra=self.extra.of_rows(extra.row, ~added, len(self)),
+            starts=starts,
+            **{name: both(name) for name in _OF_ENTRIES},
+            extra=ExtraEvents(rest, *(_taken(getattr(extra, name), ~added, left) for name in (*_OF_ENTRIES, "roles"))),
         )
+
+    @property
+    def earlier(self) -> Evidence | None:
+        if self.earlier_precision is None or self.earlier_information is None:
+            return None
+        return Evidence(self.earlier_precision, self.earlier_information)
+
+    def of_role(self, role: int) -> EventBlock:
+        """The same users with the events of one role alone, which is not TRAINED."""
+        extra = self.extra or _NO_EXTRA
+        chosen = extra.roles == role
+        starts, order = _in_rows(np.repeat(np.arange(len(extra.starts) - 1), np.diff(extra.starts))[chosen], len(self))
+        entries = {name: _taken(getattr(extra, name), chosen, order) for name in _OF_ENTRIES}
+        return replace(self, starts=starts, **entries, precision=None, information=None, extra=None)
+
+    @property
+    def pattern(self) -> sp.csr_matrix:
+        """1 where a user has an event of an input, once however many there are."""
+        pairs = self.matrix(np.ones(len(self.places)))
+        if self.offset is not None or self.contexts is not None:
+            pairs = pairs.copy()
+            pairs.sum_duplicates()
+            pairs.data[:] = 1.0
+        return pairs
 
     def parts(self, size: int = USERS_AT_ONCE) -> Iterator[slice]:
         """At most ``size`` users at a time."""
@@ -143,6 +191,8 @@ def build(
     attribute_users: pa.Array | pa.ChunkedArray,
     attributes: Array,
     role: NDArray[np.integer] | None = None,
+    offset: Array | None = None,
+    contexts: NDArray[np.int32] | None = None,
 ) -> EventBlock:
     """The block of n events and m users with known attributes.
 
@@ -152,7 +202,9 @@ def build(
         label, weight: y and c of each event, (n,).
         attribute_users: ids of users with attributes, (m,), each once.
         attributes: (m, p); a user without a row gets [1, 0, …, 0], the average.
-        role: of each event (n,): TRAINED, HELD_OUT or CAPPED; all are trained on where it is None.
+        role: of each event (n,): TRAINED, HELD_OUT, CAPPED or EARLIER; all are trained on where it is None.
+        offset: of each event (n,); None where no event has one.
+        contexts: codes of each event's values, (n, contexts); None where there are none.
     """
     codes = pa.concat_arrays([*_chunks(user), *_chunks(attribute_users)]).dictionary_encode()
     numbers = codes.indices.to_numpy(zero_copy_only=False)
@@ -160,13 +212,20 @@ def build(
     row, described = numbers[: len(label)], numbers[len(label) :]
     inputs, place = np.unique(input_index, return_inverse=True)
     trained = np.ones(len(label), bool) if role is None else role == TRAINED
-    pattern, labelled = csr(row[trained], place[trained], label[trained], weight[trained], n_users, len(inputs))
+    of_events: tuple[Any, ...] = (place.astype(np.int32), weight, weight * label, offset, contexts)
     extra = None
     if role is not None and not trained.all():
-        order = np.argsort(row, kind="stable")
-        entries: tuple[NDArray[Any], ...] = (place.astype(np.int32), weight, weight * label, role.astype(np.uint8))
-        unfinished = ExtraEvents(np.empty(0, np.int32), *(values[order] for values in entries))
-        extra = unfinished.of_rows(row[order], ~trained[order], n_users)
+        starts, order = _in_rows(row[~trained], n_users)
+        extra = ExtraEvents(
+            starts, *(_taken(values, ~trained, order) for values in (*of_events, role.astype(np.uint8)))
+        )
+    if offset is None and contexts is None:
+        pattern, labelled = csr(row[trained], place[trained], label[trained], weight[trained], n_users, len(inputs))
+        starts = pattern.indptr
+        of_entries: tuple[Any, ...] = pattern.indices.astype(np.int32), pattern.data, labelled.data, None, None
+    else:
+        starts, order = _in_rows(row[trained], n_users)
+        of_entries = tuple(_taken(values, trained, order) for values in of_events)
     known = np.zeros((n_users, attributes.shape[1]))
     known[:, 0] = 1.0
     known[described] = attributes
@@ -174,13 +233,21 @@ def build(
         attributes=known,
         n_events=np.bincount(row, minlength=n_users),
         inputs=inputs.astype(np.int32),
-        starts=pattern.indptr.astype(np.int32),
-        places=pattern.indices.astype(np.int32),
-        weights=pattern.data,
-        labels=labelled.data,
+        starts=starts.astype(np.int32),
+        **dict(zip(_OF_ENTRIES, of_entries, strict=True)),
         users=codes.dictionary,
         extra=extra,
     )
+
+
+def _in_rows(row: NDArray[np.integer], n_rows: int) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
+    """Where each row begins, (rows + 1,), once entries of the rows ``row`` are in the order that comes with it."""
+    starts = np.append(0, np.cumsum(np.bincount(row, minlength=n_rows)))
+    return starts.astype(np.int32), np.argsort(row, kind="stable")
+
+
+def _taken(values: NDArray[Any] | None, chosen: NDArray[np.bool_], order: NDArray[np.integer]) -> Any:
+    return None if values is None else values[chosen][order]
 
 
 def csr(
@@ -189,6 +256,24 @@ def csr(
     """Weights c and weighted labels c·y of events as (users, inputs) matrices of one pattern; repeated pairs add."""
     shape = (n_users, n_inputs)
     return tuple(sp.coo_matrix((values, (row, place)), shape=shape).tocsr() for values in (weight, weight * label))
+
+
+def entries(
+    row: NDArray[np.integer],
+    place: NDArray[np.integer],
+    label: Array,
+    weight: Array,
+    n_users: int,
+    n_inputs: int,
+    offsets: Offsets | None,
+) -> tuple[sp.csr_matrix, sp.csr_matrix, Offsets | None]:
+    """:func:`csr`, but with an entry an event where these have offsets; and the entries' offsets."""
+    if offsets is None:
+        return *csr(row, place, label, weight, n_users, n_inputs), None
+    starts, order = _in_rows(row, n_users)
+    shape, place = (n_users, n_inputs), place[order]
+    weights, labels = (sp.csr_matrix((of[order], place, starts), shape) for of in (weight, weight * label))
+    return weights, labels, offsets.at(order)
 
 
 def to_arrow(block: EventBlock) -> pa.RecordBatch:
@@ -216,39 +301,24 @@ def from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[EventBlock]:
     for batch in batches:
         for i in range(batch.num_rows):
             buffers = {name: batch.column(name)[i].as_buffer() for name in batch.schema.names}
-            starts = np.frombuffer(buffers["starts"], np.int32)
-            users = None
+            arrays: dict[str, Any] = {
+                name: np.frombuffer(values, _KINDS.get(name.removeprefix(_EXTRA), np.float64))
+                for name, values in buffers.items()
+                if values is not None and name != "users"
+            }
+            n_users = len(arrays["starts"]) - 1
+            for name in arrays.keys() & _OF_USERS:
+                arrays[name] = arrays[name].reshape(n_users, -1)
+            for of in ("", _EXTRA):
+                if f"{of}contexts" in arrays:
+                    n_entries = len(arrays[f"{of}places"])
+                    arrays[f"{of}contexts"] = arrays[f"{of}contexts"].reshape(n_entries, -1 if n_entries else 1)
             if "users" in buffers:
-                users = pa.ipc.open_stream(buffers["users"]).read_next_batch().column("user")
-            yield EventBlock(
-                attributes=np.frombuffer(buffers["attributes"]).reshape(len(starts) - 1, -1),
-                n_events=np.frombuffer(buffers["n_events"], np.int64),
-                inputs=np.frombuffer(buffers["inputs"], np.int32),
-                starts=starts,
-                places=np.frombuffer(buffers["places"], np.int32),
-                weights=np.frombuffer(buffers["weights"]),
-                labels=np.frombuffer(buffers["labels"]),
-                users=users,
-                **{
-                    name: np.frombuffer(buffers[name])
-                    for name in ("precision", "information")
-                    if buffers[name] is not None
-                },
-                extra=_extra(buffers),
-            )
-
-
-def _extra(buffers: dict[str, Any]) -> ExtraEvents | None:
-    if buffers["extra_roles"] is None:
-        return None
-    kinds: dict[str, Any] = {
-        "starts": np.int32,
-        "places": np.int32,
-        "weights": np.float64,
-        "labels": np.float64,
-        "roles": np.uint8,
-    }
-    return ExtraEvents(*(np.frombuffer(buffers[f"{_EXTRA}{name}"], kind) for name, kind in kinds.items()))
+                arrays["users"] = pa.ipc.open_stream(buffers["users"]).read_next_batch().column("user")
+            extra = {name.removeprefix(_EXTRA): arrays.pop(name) for name in [*arrays] if name.startswith(_EXTRA)}
+            if extra:
+                arrays["extra"] = ExtraEvents(**{"offset": None, "contexts": None, **extra})
+            yield EventBlock(**arrays)
 
 
 def index_of(ids: pa.Array | pa.ChunkedArray, catalogue: pa.Array) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from mtl.errors import StateError
 from mtl.gaussian import Array
 from mtl.losses import Loss
 from mtl.sampling import ROLE
-from mtl.schema import INPUT_ID, LABEL, WEIGHT
+from mtl.schema import INPUT_ID, LABEL, OFFSET, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Catalogue:
     n_events: int
     total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
+    mean_offset: float
     label_variance: float  # Σ c (y − μ)² / n of what events and zeros count
     counted: float  # what the events count
     trained: Totals  # of the events that θ is trained on
@@ -71,13 +72,14 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
     c, y = F.col(WEIGHT), F.col(LABEL)
     role = F.col(ROLE) if ROLE in events.columns else F.lit(blocks.TRAINED)
     counted = F.col(COUNTED) if COUNTED in events.columns else F.lit(1.0)
-    parts = {"trained": role == blocks.TRAINED, "kept": role != blocks.CAPPED}
+    parts = {"trained": role == blocks.TRAINED, "kept": role < blocks.CAPPED}
     sums = {
         "n": F.count(y),
         "counted": F.sum(counted),
         "c": F.sum(c),
         "cy": F.sum(c * y),
         "cyy": F.sum(c * y * y),
+        "co": F.sum(c * F.coalesce(F.col(OFFSET), F.lit(0.0))) if OFFSET in events.columns else F.lit(0.0),
         **{f"n_{part}": F.sum(F.when(inside, counted).otherwise(0.0)) for part, inside in parts.items()},
         **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
         "broken": F.count_if(y != F.floor(y)),
@@ -104,6 +106,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         n_events=int(counts.sum()),
         total_weight=weight,
         mean_label=mean,
+        mean_offset=float(totals["co"].sum()) / weight,
         label_variance=square / counted - mean * mean * weight / counted,
         counted=counted,
         **of,

@@ -94,6 +94,7 @@ class ModelSettings(_Section):
     k: AutoOrAny
     per_user: list[str]
     per_input: list[str]
+    contexts: list[Annotated[str, Field(pattern=r"^\w[\w .-]*$")]]
 
 
 class TrainSettings(_Section):
@@ -106,6 +107,7 @@ class TrainSettings(_Section):
     max_events_per_user: int = Field(ge=0)
     precision: Literal["auto", "single", "double"]
     warm_start: bool
+    incremental: bool
     lock: list[Literal["features", "users"]]
     checkpoint: str
     partitions: int = Field(ge=0)

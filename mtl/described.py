@@ -72,15 +72,19 @@ class Described(Columns, Saved):
             InputError: there is none, or one that cannot hold ids.
         """
         name = self.getOrDefault(param)
+        return name, self._kind(dataset, name, param.name)
+
+    def _kind(self, dataset: DataFrame, name: str, param: str) -> T.DataType:
+        """Type of a column that a Param names."""
         if dataset.columns.count(name) != 1:
             raise InputError(
-                f"the DataFrame has {dataset.columns.count(name) or 'no'} columns {name!r} ({param.name}); it has "
+                f"the DataFrame has {dataset.columns.count(name) or 'no'} columns {name!r} ({param}); it has "
                 f"{', '.join(dataset.columns)}"
             )
         kind = dataset.schema[name].dataType
         if not isinstance(kind, T.AtomicType) or isinstance(kind, T.BinaryType):
-            raise InputError(f"column {name!r} ({param.name}) has the type {kind.simpleString()}, not an atomic one")
-        return name, kind
+            raise InputError(f"column {name!r} ({param}) has the type {kind.simpleString()}, not an atomic one")
+        return kind
 
     def _frames(self) -> dict[str, DataFrame]:
         frames = {"itemAttributes": self._itemAttributes, "userAttributes": self._userAttributes}

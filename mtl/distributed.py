@@ -21,6 +21,7 @@ from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
 from mtl.basis import FittedBasis, OracleBasis, Refitting, integrated_weights
 from mtl.blocks import EventBlock
+from mtl.effects import Effects
 from mtl.engine import FeatureWork, UserWork
 from mtl.errors import ConfigError
 from mtl.features import Features
@@ -56,6 +57,10 @@ class DistributedEngine:
     def __init__(self, rows: DataFrame, specification: Specification, shard_inputs: int = SHARD_INPUTS):
         if not specification.loss.is_quadratic:
             raise ConfigError(f'{specification.loss.name} loss is trained with train.reduction = "driver" only')
+        if specification.earlier:
+            raise ConfigError('train.incremental works with train.reduction = "driver" only')
+        if specification.effects:
+            raise ConfigError('model.contexts works with train.reduction = "driver" only')
         if specification.zero_weight:
             raise ConfigError('model.implicit_weight works with train.reduction = "driver" only')
         self.spark, self.rows = rows.sparkSession, rows
@@ -73,14 +78,17 @@ class DistributedEngine:
         own = self.state.groupBy(_SHARD)
         received = _receive(self.specification, self.shard_inputs)
         self._replace(own.cogroup(pieces.groupBy(_SHARD)).applyInArrow(received, _STATE))
-        return sum(replies[1:], replies[0]), self.specification.squared_labels + sum(self._replies())
+        moments, constants = zip(*replies, strict=True)
+        deviance = self.specification.squared_labels + sum(constants) + sum(self._replies())
+        self.constant = sum(constants)
+        return sum(moments[1:], moments[0]), deviance
 
     def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
         self._replace(
             self.state.mapInArrow(_each_shard(_solve, self._broadcast((prior, noise, self.specification.mu))), _STATE)
         )
         moments, errors = zip(*self._replies(), strict=True)
-        return sum(moments[1:], moments[0]), self.specification.squared_labels + sum(errors)
+        return sum(moments[1:], moments[0]), self.specification.squared_labels + self.constant + sum(errors)
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
         basis = prior.learnt if isinstance(prior, PartlyGiven) else prior
@@ -105,7 +113,8 @@ class DistributedEngine:
         said = [cloudpickle.loads(row[0]) for row in rows]
         return sum(said[1:], said[0])
 
-    held_out = 0.0
+    held_out = divergence = constant = 0.0
+    effects: Effects = ()
 
     @property
     def inputs(self) -> Posterior:
@@ -265,9 +274,9 @@ def _sums(block: EventBlock, features: Features, arguments: Any, partition: int,
     _, said = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu)(local)
     for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
         rows = np.searchsorted(block.inputs, inputs)
-        # The partition's moments travel with its first piece.
+        # The partition's moments and its part of the deviance travel with its first piece.
         sums = InputSums(said.sums.second[rows], said.sums.first[rows])
-        yield _pieces(partition, shard, inputs, sums, None if i else said.moments)
+        yield _pieces(partition, shard, inputs, sums, None if i else (said.moments, said.constant))
 
 
 def _receive(specification: Specification, size: int) -> Callable[[pa.Table, pa.Table], pa.Table]:

@@ -21,6 +21,7 @@ from pyspark.sql import DataFrame, SparkSession
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import InputSums
 from mtl.blocks import EventBlock
+from mtl.effects import Effects
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
 from mtl.prior import Moments, VectorPrior
@@ -60,6 +61,13 @@ class Engine(Protocol):
     rounding: float
     """Of the objective: a rise by less is none."""
 
+    effects: Effects
+    """Of the events' contexts."""
+
+    @property
+    def divergence(self) -> float:
+        """KL of these from their priors, and the energy of what earlier events said (nats)."""
+
     held_out: float
     """Summed surprise of the events held out, after the last users' half-step."""
 
@@ -82,37 +90,58 @@ class LocalEngine:
         self.specification, self.rounding = specification, specification.rounding
         self.inputs = specification.start(0, len(specification.attributes))
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
-        self.constant = self.held_out = 0.0
-        self.applied = self._evidence()  # what the inputs' posteriors were computed from
+        self.constant = self.held_out = self.users_energy = 0.0
+        self.effects, self.turn = specification.effects, 0
+        self.applied = self._evidence(0.0)  # what the inputs' posteriors were computed from
 
     @property
     def features(self) -> Features:
         return Features.of(self.inputs.mean, self.inputs.covariance, self.specification.mu)
 
+    @property
+    def divergence(self) -> float:
+        earlier = self.specification.earlier
+        of_inputs = 0.0 if earlier is None else earlier.energy(self.inputs)
+        return sum((effect.divergence for effect in self.effects), self.users_energy + of_inputs)
+
     def update_users(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
+        if self.effects:
+            self._update_effect(prior, noise, step)
         of = self.specification
         self.sums = InputSums.zeros(*self.inputs.mean.shape)
         self.constant = of.squared_labels if of.loss.is_quadratic else 0.0
-        self.held_out = 0.0
+        self.held_out = self.users_energy = 0.0
         moments, zeros = [], np.zeros(self.sums.second.shape[1])
         features = self.features
         if of.zero_weight:
             prior = WithZeros.of(prior, features, of.zero_weight)
-        work = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu, step)
+        work = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu, step, self.effects)
         for said in self.each_block(work):
             self.sums.second[said.seen] += said.sums.second
             self.sums.first[said.seen] += said.sums.first
             self.constant += said.constant
             self.held_out += said.held_out
+            self.users_energy += said.earlier
             moments.append(said.moments)
             zeros += 0.0 if said.zeros is None else said.zeros
         if of.zero_weight:
             self.sums.second[:] += of.zero_weight * zeros
         return sum(moments[1:], moments[0]), self._deviance()
 
+    def _update_effect(self, prior: VectorPrior, noise: float, step: float) -> None:
+        """One kind of effect, in turn, given the inputs and the users by them: a pass of its own, for what the events say
+        of effects and of inputs is exact only given the other."""
+        of, measured = self.specification, self.turn % len(self.effects)
+        features = self.features.astype(of.precision)
+        work = UserStep(features, prior, noise, of.loss, of.mu, step, self.effects, measured)
+        precision, information = np.sum([np.array(said.effect) for said in self.each_block(work)], axis=0)
+        learnt = self.effects[measured].learn(precision, information, noise)
+        self.effects = (*self.effects[:measured], learnt, *self.effects[measured + 1 :])
+        self.turn += 1
+
     def update_inputs(self, prior: VectorPrior, noise: float, step: float = 1.0) -> tuple[Moments, float]:
         attributes = self.specification.attributes
-        precision, information = self._evidence()
+        precision, information = self._evidence(noise)
         if step < 1.0:
             before = self.applied
             precision, information = (
@@ -123,12 +152,13 @@ class LocalEngine:
         return prior.moments(self.inputs, attributes), self._deviance()
 
     def refit(self, prior: VectorPrior, noise: float) -> VectorPrior:
-        return prior.refit(*self._evidence(), self.specification.attributes, noise)
+        return prior.refit(*self._evidence(noise), self.specification.attributes, noise)
 
     def train_on_all(self, squared_labels: float) -> None:
         """Begin again with the events held out among those that are trained on, all of whose Σ c y² is given."""
         self.specification = replace(self.specification, squared_labels=squared_labels)
         self.inputs = self.specification.start(0, len(self.specification.attributes))
+        self.effects = self.specification.effects
         self.partitions = [block.with_extra(blocks.HELD_OUT) for block in self.partitions]
 
     def gram(self) -> Array:
@@ -137,18 +167,22 @@ class LocalEngine:
         return attributes.T @ attributes
 
     def snapshot(self) -> Any:
-        return self.inputs, self.applied, self.sums, self.constant, self.partitions
+        sums = self.sums, self.constant, self.users_energy
+        return self.inputs, self.applied, sums, self.partitions, self.effects
 
     def restore(self, snapshot: Any) -> None:
-        self.inputs, self.applied, self.sums, self.constant, self.partitions = snapshot
+        self.inputs, self.applied, sums, self.partitions, self.effects = snapshot
+        self.sums, self.constant, self.users_energy = sums
 
     def each_block(self, step: UserStep) -> Iterator[BlockSums]:
         stepped = [step(block) for block in self.partitions]
         self.partitions = [block for block, _ in stepped]
         return (said for _, said in stepped)
 
-    def _evidence(self) -> tuple[Array, Array]:
-        return alternation.input_evidence(self.sums, self.specification.mu)
+    def _evidence(self, noise: float) -> tuple[Array, Array]:
+        """What all events say of the inputs, in the units of sums."""
+        told, earlier = alternation.input_evidence(self.sums, self.specification.mu), self.specification.earlier
+        return told if earlier is None else earlier.beside(*told, noise)
 
     def _deviance(self) -> float:
         return self.constant + alternation.squared_error(self.sums, self.inputs, self.specification.mu)
@@ -259,7 +293,9 @@ def _step_in_arrow(step: Any, keep: bool) -> Callable[[Iterator[pa.RecordBatch]]
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for block in blocks.from_arrow(batches):
             block, said = step.value(block)
-            rest = cloudpickle.dumps((said.moments, said.constant, said.held_out, said.zeros))
+            rest = cloudpickle.dumps(
+                (said.moments, said.constant, said.held_out, said.zeros, said.earlier, said.effect)
+            )
             buffers = [said.seen.tobytes(), said.sums.second.tobytes(), said.sums.first.tobytes(), rest]
             names = [*_SUMS.names]
             if keep:

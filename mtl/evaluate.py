@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -18,9 +18,9 @@ from mtl.losses import LOSSES
 from mtl.metrics import measures, ranking, sums
 from mtl.model import Model
 from mtl.models import load_model
-from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
-from mtl.read import SourceFile, match, open_file, readable
-from mtl.schema import INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, REASON, USER_ID
+from mtl.parse import match_events, typed_events
+from mtl.read import SourceFile, open_file, readable
+from mtl.schema import CONTEXT, INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, OFFSET, REASON, USER_ID
 from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
 
@@ -62,11 +62,11 @@ def evaluate(
     started = time.monotonic()
     file = open_file(tables.spark, events, settings.ingest, texts=None)
     model = load_model(tables)
-    rows = read_events(file, columns or {}, model.loss).persist()
+    rows = read_events(file, columns or {}, model.loss, model.contexts).persist()
     train = tables.read(schema.EVENTS).persist()
     try:
         check(rows, events)
-        scored = score(tables, model, rows.select(USER_ID, INPUT_ID, LABEL))
+        scored = score(tables, model, rows.select(USER_ID, INPUT_ID, LABEL, OFFSET, CONTEXT))
         names: tuple[str, ...] = ()
         chosen: dict[str, dict[str, Any]] = {}
         if with_baselines:
@@ -107,17 +107,17 @@ def evaluate(
     }
 
 
-def read_events(file: SourceFile, columns: Mapping[str, str], loss: str) -> DataFrame:
+def read_events(file: SourceFile, columns: Mapping[str, str], loss: str, contexts: Sequence[str]) -> DataFrame:
     """The rows of a file of events as ingest would type them, with the reason where it would refuse one.
 
     Raises:
         InputError: the file cannot be read as asked.
     """
-    found = match(file, columns, EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS)
+    found = match_events(file, columns, contexts)
     for ours, theirs in columns.items():
         if found.get(ours) != theirs:
             raise InputError(f"--columns {ours}={theirs}: {file.path} has no column {theirs} to rename")
-    return typed_events(file, found, loss).select(USER_ID, INPUT_ID, LABEL, REASON)
+    return typed_events(file, found, loss, contexts=contexts).select(USER_ID, INPUT_ID, LABEL, OFFSET, CONTEXT, REASON)
 
 
 def check(rows: DataFrame, path: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,8 @@ from pyspark.sql import functions as F
 
 from mtl import features, gaussian, schema
 from mtl.arrow import matrix
-from mtl.errors import StateError
+from mtl.effects import of_one
+from mtl.errors import ConfigError, StateError
 from mtl.gaussian import Array
 from mtl.ledger import ledger_of
 from mtl.materialize import features_of
@@ -77,8 +79,19 @@ class Past:
         return score_rows(self.model, self.features, self.users, *attributes, rows)
 
 
-def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str, Any]:
+def explain(
+    tables: Tables,
+    user: str,
+    input_id: str,
+    at: datetime,
+    offset: float | None = None,
+    context: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What was predicted for a pair at a moment, and of what it was made.
+
+    Args:
+        offset: a known part of h that the question came with.
+        context: and its contexts' values.
 
     Returns:
         prediction and std; the addends of h = o + w·φ, of which the response is the prediction; what was known of user
@@ -88,12 +101,18 @@ def explain(tables: Tables, user: str, input_id: str, at: datetime) -> dict[str,
         StateError: no version was live then, or the files of that state have been vacuumed.
     """
     with _as_long_as_kept(at):
-        return _taken_apart(Past.of(tables, at), user, input_id)
+        return _taken_apart(Past.of(tables, at), user, input_id, offset, context or {})
 
 
-def _taken_apart(past: Past, user: str, input_id: str) -> dict[str, Any]:
+def _taken_apart(
+    past: Past, user: str, input_id: str, offset: float | None, context: Mapping[str, str]
+) -> dict[str, Any]:
     tables, model = past.tables, past.model
-    pair = tables.spark.createDataFrame([(user, input_id)], f"{USER_ID} string, {INPUT_ID} string")
+    for name in context:
+        if name not in model.contexts:
+            raise ConfigError(f"model version {model.version} has no context {name}: {model.contexts}")
+    columns = f"{USER_ID} string, {INPUT_ID} string, {schema.OFFSET} double, {schema.CONTEXT} string"
+    pair = tables.spark.createDataFrame([(user, input_id, offset, json.dumps(dict(context)))], columns)
     scored = past.score(pair).first()
     state = past.users.where(F.col(USER_ID) == user).toArrow()
     shared = past.features.where(F.col(INPUT_ID) == input_id).toArrow()
@@ -116,6 +135,11 @@ def _taken_apart(past: Past, user: str, input_id: str) -> dict[str, Any]:
                 "from_attributes": float(of.offset[0] - learnt[0]),
                 "from_residual": float(learnt[0]),
             },
+            *([{"of": "given", "value": offset}] if offset else []),
+            *(
+                {"of": effect.name, "value": of_one(None, context, (effect,))[0], "context": context.get(effect.name)}
+                for effect in model.artefact.effects
+            ),
             {"of": "intercept", "value": float(weights[0])},
             *(
                 {

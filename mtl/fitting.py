@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from tqdm import tqdm
 
-from mtl import gaussian, schema
-from mtl.arrow import lists
+from mtl import contexts, gaussian, schema
 from mtl.basis import OracleBasis
-from mtl.blocks import CAPPED, HELD_OUT, EventBlock
+from mtl.blocks import EARLIER, EventBlock
 from mtl.catalogue import Catalogue, describe_inputs, read_catalogue
 from mtl.config import Settings, TrainSettings
 from mtl.decay import last_times, with_ages
@@ -28,13 +25,10 @@ from mtl.distributed import DistributedEngine
 from mtl.encode import Encoder, InputEncoder
 from mtl.engine import SparkEngine, Specification
 from mtl.errors import ConfigError, StateError
-from mtl.features import Features, feature_rows
 from mtl.firstorder import FunctionBasis, make_optimizer
 from mtl.forms import Form, partly_given
-from mtl.gaussian import Posterior
 from mtl.implicit import Implicit, Unknown
 from mtl.losses import LOSSES, Loss
-from mtl.model import Artefact, Model
 from mtl.oracle import make_fit_all, make_oracle, make_strategy
 from mtl.oracle.imports import load_object
 from mtl.partitions import changed, each_block, encode_users, partition_events
@@ -43,11 +37,11 @@ from mtl.prior import Locked, Prior, VectorPrior, unlocked
 from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
-from mtl.sharing import cores, share
+from mtl.sharing import cores
 from mtl.start import Live, from_covariance
 from mtl.supervised import Supervised
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
-from mtl.working import settle
+from mtl.trained import Trained
 from mtl.zeros import WithZeros, without_zeros
 
 log = logging.getLogger("mtl")
@@ -57,81 +51,6 @@ ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chos
 _CHECKED_INPUTS = 32  # that a user's function is tried on before training
 _SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A fitted model with all that its rows are written from; close its ``engine`` when they are."""
-
-    engine: SparkEngine | DistributedEngine
-    fit: Fit
-    form: Form
-    loss: Loss
-    mu: float  # μ, what h is centred on
-    catalogue: Catalogue
-    user_encoder: Encoder
-    input_encoder: InputEncoder
-    user_implicit: int
-    input_implicit: int
-    half_life_days: float = 0.0
-    last: DataFrame | None = None  # (user_id, reference_time) where old events are forgotten
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What there is to say of it in one line."""
-        fit, catalogue = self.fit, self.catalogue
-        return {
-            "rows": catalogue.n_events,
-            "inputs": len(catalogue.ids),
-            "k": self.form.k,
-            "noise": fit.noise,
-            "iterations": fit.iterations,
-            "damped_iterations": fit.damped,
-            **fit.inputs.counts,
-        }
-
-    def model(self, version: int, status: str, events_version: int, inputs_version: int) -> Model:
-        fit, catalogue = self.fit, self.catalogue
-        return Model(
-            version=version,
-            status=status,
-            form=self.form,
-            loss=self.loss.name,
-            mean_label=self.mu,
-            noise=fit.noise,
-            label_min=catalogue.label_min,
-            label_max=catalogue.label_max,
-            events_version=events_version,
-            inputs_version=inputs_version,
-            artefact=Artefact(
-                self.user_encoder, self.input_encoder, self.user_implicit, self.input_implicit, fit.users, fit.inputs
-            ),
-            half_life_days=self.half_life_days,
-        )
-
-    def feature_rows(self, version: int) -> DataFrame:
-        """Rows of the features table."""
-        width = self.input_implicit
-        ids, mu, prior = (
-            share(self.engine.rows.sparkSession, self.catalogue.ids),
-            self.mu,
-            self.fit.inputs,
-        )
-
-        def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
-            features = Features.of(inputs.mean, inputs.covariance, mu)
-            residual, implicit = inputs.mean - prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
-            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual, implicit)
-
-        return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
-
-    def user_rows(self, version: int) -> DataFrame:
-        """Rows of the users table, from one more pass over the events under the final features."""
-        arguments = (self.fit.users, self.fit.noise, self.loss, version)
-        users = self.engine.user_rows(_users_of_block, arguments, _ddl(schema.USERS, without=schema.REFERENCE_TIME))
-        if self.last is None:
-            return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
-        return users.join(self.last, USER_ID, "left")
 
 
 def train(
@@ -145,7 +64,8 @@ def train(
     """Fit users, inputs and priors over all events; nothing is written but the checkpoint.
 
     Args:
-        events: user_id, input_id, label, weight; and event_time where old ones are forgotten.
+        events: user_id, input_id, label, weight; event_time where old ones are forgotten; context with model.contexts, and
+            offset where any event has one.
         inputs: input_id and the attributes of inputs; an input may be missing.
         users: user_id and the attributes of users; likewise.
         live: the version to begin from, or of which a part is kept.
@@ -156,19 +76,18 @@ def train(
         ConfigError: the settings ask for columns that there are not, or contradict each other.
     """
     loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
-    if zero_weight and not loss.is_quadratic:
-        raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {loss.name}')
-    if zero_weight and settings.train.holdout:
-        raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
+    batches = live.batches if live else None
+    _refuse_contradictions(settings, live)
     half_life, last = settings.model.half_life_days, None
     if half_life:
-        if zero_weight:
-            raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
         last, events = last_times(events, schema.REFERENCE_TIME), with_ages(events, half_life)
-    events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user)
+    effects = contexts.start(events, settings.model.contexts)
+    events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user, batches)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
     _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
+    if not catalogue.trained.n:
+        raise StateError("train.incremental: there is no event since the live version's training")
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
 
     lock, n_inputs = settings.train.lock, len(catalogue.ids)
@@ -181,14 +100,15 @@ def train(
     user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
     n_partitions = settings.train.partitions or cores(events.sparkSession)
-    undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions)
+    undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions, effects)
 
     identity = settings.oracle.kind == "identity"
-    implicit = Implicit.fit(partial(each_block, undescribed), catalogue.counts, settings.encode, nothing=identity)
+    implicit = Implicit.fit(partial(_each_whole, undescribed), catalogue.counts, settings.encode, nothing=identity)
     of_inputs = live.implicit(catalogue.ids) if live and "features" in lock else implicit.inputs(catalogue.counts)
     of_users = Unknown(kept.user_implicit) if kept and "users" in lock else implicit
     described = np.column_stack([describe_inputs(catalogue.ids, attributes, input_encoder), of_inputs])
-    rows = changed(undescribed, of_users.described) if of_users.width else undescribed
+    told = live.of_users(catalogue) if live and batches is not None else None
+    rows = changed(undescribed, _described(of_users, told)) if of_users.width or told else undescribed
     grams = each_block(rows, lambda block: (len(block), block.attributes.T @ block.attributes))
     if rows is not undescribed:
         undescribed.unpersist()
@@ -199,7 +119,12 @@ def train(
     if live and "features" in lock:
         form, mu = live.model.form, live.model.mean_label
     else:
-        form, mu = _form(settings, n_users, n_inputs, input_encoder, user_encoder), loss.link(catalogue.mean_label)
+        form = _form(settings, n_users, n_inputs, input_encoder, user_encoder)
+        mu = loss.link(catalogue.mean_label) - catalogue.mean_offset
+    earlier = None
+    if live and batches is not None:
+        form, mu = _form_of_live(form, settings, live), live.model.mean_label
+        earlier = live.evidence(catalogue, mu)
     specification = Specification(
         attributes=described,
         form=form,
@@ -210,6 +135,8 @@ def train(
         known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
         precision=_precision(settings.train, catalogue.n_events),
         zero_weight=zero_weight,
+        effects=effects,
+        earlier=earlier,
     )
     make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
     engine = make(rows, specification)
@@ -257,35 +184,58 @@ def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder,
     return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
 
 
+def _refuse_contradictions(settings: Settings, live: Live | None) -> None:
+    model = settings.model
+    if model.implicit_weight:
+        if model.loss != "squared":
+            raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {model.loss}')
+        if settings.train.holdout:
+            raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
+        if model.half_life_days:
+            raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
+        if model.contexts:
+            raise ConfigError("model.contexts: set model.implicit_weight = 0, for zeros have no context")
+    if live and live.batches is not None:
+        for name in ("contexts", "implicit_weight", "half_life_days"):
+            if getattr(model, name):
+                raise ConfigError(f"train.incremental does not go with model.{name}")
+        if settings.train.lock:
+            raise ConfigError("train.incremental: set train.lock = [], for locked parts learn nothing")
+        if model.loss != live.model.loss:
+            raise ConfigError(f"train.incremental: the live version's loss is {live.model.loss}")
+
+
+def _form_of_live(form: Form, settings: Settings, live: Live) -> Form:
+    """The live version's form, which the settings must ask for."""
+    wanted = replace(form, k=live.model.form.k) if settings.model.k == "auto" else form
+    if wanted != live.model.form:
+        raise ConfigError(
+            f"train.incremental is for the live version's form, with k = {live.model.form.k} and the same columns of attributes"
+        )
+    return wanted
+
+
+def _each_whole(rows: DataFrame, work: Callable[[EventBlock], Any]) -> list[Any]:
+    """:func:`each_block` with earlier events among the others: who acted on what is all events' to say."""
+    return each_block(rows, lambda block: work(block.with_extra(EARLIER)))
+
+
+def _described(
+    of_users: Implicit | Unknown, told: Callable[[EventBlock], EventBlock] | None
+) -> Callable[[EventBlock], EventBlock]:
+    """Gives a block its users' implicit attributes, and what earlier events told of them."""
+
+    def described(block: EventBlock) -> EventBlock:
+        block = replace(block, attributes=of_users.described(block.with_extra(EARLIER)).attributes)
+        return told(block) if told else block
+
+    return described
+
+
 def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
     n, label = catalogue.n_events, catalogue.label_max
     if label == catalogue.label_min and not (beside_zeros and label):
         raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
-
-
-def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:
-    """Sums and weights of the block's users under the final features."""
-    prior, noise, loss, version = arguments
-    block = block.with_extra(HELD_OUT, CAPPED)
-    assert block.users is not None
-    for part in block.parts():
-        mean = prior.mean(block.attributes[part])
-        posteriors = partial(prior.conditional, mean=mean, noise=noise)
-        a, b, users = settle(block.weight_matrix[part], block.label_matrix[part], features, posteriors, loss)
-        columns = {
-            schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
-            schema.USER_ID: block.users[part],
-            schema.A: lists(a),
-            schema.B: lists(b),
-            schema.W: lists(users.mean),
-            schema.PRIOR_MEAN: lists(mean),
-            schema.N_EVENTS: pa.array(block.n_events[part]),
-        }
-        yield pa.table(columns)
-
-
-def _ddl(table: str, without: str = "") -> str:
-    return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
 
 
 def _precision(settings: TrainSettings, n_events: int) -> str:
@@ -377,7 +327,7 @@ def _alternate(
     """:func:`mtl.train.alternate` with its progress shown and saved."""
     resume = checkpoint.load(inputs) if checkpoint else None
     if resume:
-        engine.inputs = resume.vectors
+        engine.inputs, engine.effects = resume.vectors, resume.effects
     with tqdm(total=schedule.iterations, desc="retrain", unit="pass", disable=None) as bar:
 
         def report(iteration: int, objective: float) -> None:

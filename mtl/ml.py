@@ -24,6 +24,7 @@ from pyspark.ml import Model as FittedModel
 from pyspark.ml.param import Param
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.types import DataType
 
 from mtl import schema
 from mtl.arrow import lists
@@ -34,10 +35,10 @@ from mtl.fitting import train
 from mtl.losses import LOSSES
 from mtl.model import Model, model_of, model_row
 from mtl.params import Training, with_accessors
-from mtl.parse import checked_events, text_id
+from mtl.parse import checked_events, context, number, text_id
 from mtl.read import quoted
 from mtl.recommend import ID, RATING, RECOMMENDATIONS, VECTOR, recommend
-from mtl.schema import INPUT_ID, LABEL, REASON, USER_ID, WEIGHT
+from mtl.schema import CONTEXT, INPUT_ID, LABEL, OFFSET, REASON, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score_rows
 from mtl.users import prior_means
 
@@ -102,6 +103,7 @@ class OracleMTL(Described, Training, Estimator):
         itemCol: str | None = None,
         labelCol: str | None = None,
         weightCol: str | None = None,
+        offsetCol: str | None = None,
         predictionCol: str | None = None,
         stdCol: str | None = None,
         rank: int | None = None,
@@ -109,6 +111,7 @@ class OracleMTL(Described, Training, Estimator):
         loss: str | None = None,
         perUser: Sequence[str] | None = None,
         perItem: Sequence[str] | None = None,
+        contextCols: Sequence[str] | None = None,
         maxIter: int | None = None,
         tol: float | None = None,
         seed: int | None = None,
@@ -131,13 +134,17 @@ class OracleMTL(Described, Training, Estimator):
         weight = self.isDefined(self.weightCol) and self.getOrDefault(self.weightCol)
         weights = self._column(dataset, self.weightCol)[0] if weight else None
         (user, _), (item, _), (label, _) = columns
-        events = checked_events(dataset, user, item, label, weights, settings.model.loss)
+        offset = self._column(dataset, self.offsetCol)[0] if self.getOrDefault(self.offsetCol) else None
+        contexts = settings.model.contexts
+        for name in contexts:
+            self._kind(dataset, name, "contextCols")
+        events = checked_events(dataset, user, item, label, weights, settings.model.loss, offset, contexts)
         is_cached = dataset.storageLevel != StorageLevel.NONE
         if not is_cached:
             events = events.persist(StorageLevel.MEMORY_AND_DISK)
         try:
-            names = {USER_ID: user, INPUT_ID: item, LABEL: label, WEIGHT: weights}
-            _check(events, {ours: str(theirs) for ours, theirs in names.items()})
+            theirs = {USER_ID: user, INPUT_ID: item, LABEL: label, WEIGHT: weights, OFFSET: offset}
+            _check(events, {ours: str(name) for ours, name in theirs.items()})
             types = columns[0][1].simpleString(), columns[1][1].simpleString()
             fitted = _fit(events, self._item_attributes(), self._user_attributes(), settings, types)
         finally:
@@ -255,11 +262,25 @@ class OracleMTLModel(Described, FittedModel):
             name, kind = self._column(dataset, param)
             text = text_id(F.col(own[dataset.columns.index(name)]), kind)
             ids.append(F.coalesce(text, F.lit(_NO_ID)).alias(key))
-        scored = self._scored(dataset.toDF(*own).select(*own, *ids))
+        scored = self._scored(dataset.toDF(*own).select(*own, *ids, *self._beside(dataset, own)))
         return scored.select(
             *(F.col(ours).alias(c.name, metadata=c.metadata) for ours, c in zip(own, dataset.schema, strict=True)),
             *(F.col(ours).alias(theirs) for ours, theirs in added.items() if theirs),
         )
+
+    def _beside(self, dataset: DataFrame, own: list[str]) -> list[Column]:
+        """Offset and contexts of the rows, whose columns go by the names ``own``."""
+
+        def cell(name: str, param: str) -> tuple[Column, DataType]:
+            kind = self._kind(dataset, name, param)
+            return F.col(own[dataset.columns.index(name)]), kind
+
+        values = {name: text_id(*cell(name, "contextCols")) for name in sorted(self._fitted.model.contexts)}
+        offset = self.getOrDefault(self.offsetCol)
+        return [
+            context(values).alias(CONTEXT),
+            *([number(*cell(offset, self.offsetCol.name)).alias(OFFSET)] if offset else []),
+        ]
 
     def _scored(self, rows: DataFrame) -> DataFrame:
         of = self._fitted

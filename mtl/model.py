@@ -14,6 +14,7 @@ import pandas as pd
 
 from mtl import gaussian, schema
 from mtl.config import Settings
+from mtl.effects import Effects, names_of
 from mtl.encode import Encoder, InputEncoder
 from mtl.errors import StateError
 from mtl.features import Features
@@ -35,6 +36,7 @@ class Artefact:
     input_implicit: int
     users: VectorPrior
     inputs: VectorPrior
+    effects: Effects = ()  # of the events' contexts
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Model:
             "logistic": (_SMALLEST, 1 - _SMALLEST),
             "poisson": (_SMALLEST, math.inf),
         }[self.loss]
+
+    @property
+    def contexts(self) -> list[str]:
+        """The contexts of events that have effects, by name."""
+        return names_of(self.artefact.effects)
 
     def input_basis(self, attributes: pd.DataFrame) -> Array:
         """What the oracle says of inputs by their attribute rows alone: [o − μ, f_1 … f_k], (n, d)."""

@@ -23,6 +23,7 @@ SETTINGS = {
     "loss": "model.loss",
     "perUser": "model.per_user",
     "perItem": "model.per_input",
+    "contextCols": "model.contexts",
     "maxIter": "train.max_iterations",
     "tol": "train.tolerance",
     "seed": "train.seed",
@@ -36,6 +37,7 @@ SETTINGS = {
 _SECTIONS = ("model", "train", "oracle", "encode")  # what a fit looks at
 _OF_TABLES = (
     "train.warm_start",
+    "train.incremental",
     "train.lock",
     "train.checkpoint",
     "model.half_life_days",
@@ -93,9 +95,15 @@ class Columns(HasPredictionCol):
         TypeConverters.toString,
     )
 
+    offsetCol: Param[str] = _param(
+        "offsetCol",
+        "column of a known part of h, such as the log of an exposure under Poisson loss; empty: none.",
+        TypeConverters.toString,
+    )
+
     def __init__(self) -> None:
         super().__init__()
-        self._setDefault(userCol="user", itemCol="item", stdCol="std")
+        self._setDefault(userCol="user", itemCol="item", stdCol="std", offsetCol="")
 
 
 class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
@@ -116,6 +124,11 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
     perItem: Param[list[str]] = _param(
         "perItem",
         'attributes of users on which every item has a weight of its own; ["*"]: all (model.per_input).',
+        TypeConverters.toListString,
+    )
+    contextCols: Param[list[str]] = _param(
+        "contextCols",
+        "columns of events of which every value has an effect of its own (model.contexts).",
         TypeConverters.toListString,
     )
     maxIter: Param[int] = _param(

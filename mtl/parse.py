@@ -5,17 +5,18 @@ Every cast is a try_cast: under ANSI rules a plain one would stop the job at the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from mtl.errors import InputError
-from mtl.read import MALFORMED, SourceFile, quoted
-from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, RAW, REASON, USER_ID, WEIGHT
+from mtl.errors import ConfigError, InputError
+from mtl.read import MALFORMED, SourceFile, match, quoted
+from mtl.schema import CONTEXT, EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, OFFSET, RAW, REASON, USER_ID, WEIGHT
 
-EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, EVENT_TIME)
+EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, EVENT_TIME, OFFSET, CONTEXT)
+OFFERED_COLUMNS = EVENT_COLUMNS[:-1]  # of files: contexts come as columns of their own names
 REQUIRED_EVENT_COLUMNS = (USER_ID, INPUT_ID, LABEL)
 
 _BLANK = "_blank_"
@@ -74,10 +75,12 @@ def derived_id() -> Column:
     """The id of an event that came without one: the same content, whatever the file's format, the same id.
 
     The first 32 hexadecimal digits of SHA-256 over user_id, input_id, label, weight and event_time in their typed
-    form (doubles as Java prints them, times in microseconds since 1970, "null" for none), joined by U+001F.
+    form (doubles as Java prints them, times in microseconds since 1970, "null" for none), joined by U+001F, and where
+    the event has them the offset and the JSON object of its contexts.
     """
     time = F.coalesce(F.unix_micros(F.col(EVENT_TIME)).cast("string"), F.lit(_NO_TIME))
     parts = [F.col(USER_ID), F.col(INPUT_ID), F.col(LABEL).cast("string"), F.col(WEIGHT).cast("string"), time]
+    parts += [F.col(OFFSET).cast("string"), F.col(CONTEXT)]  # a null is passed over
     return F.substring(F.sha2(F.concat_ws("\u001f", *parts), 256), 1, 32)
 
 
@@ -89,8 +92,8 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
         loss: of the model; ``logistic`` accepts the labels 0 and 1 only, ``poisson`` counts.
         timed: whether every event needs a time.
     """
-    label, weight = F.col(LABEL), F.col(WEIGHT)
-    there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME)}
+    label, weight, offset = F.col(LABEL), F.col(WEIGHT), F.col(OFFSET)
+    there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME, OFFSET)}
     reasons = [
         (F.col(USER_ID).isNull(), f"{USER_ID} is missing"),
         (F.col(INPUT_ID).isNull(), f"{INPUT_ID} is missing"),
@@ -100,6 +103,8 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
         (there[WEIGHT] & weight.isNull(), f"{WEIGHT} is not a number"),
         (~_finite(weight), f"{WEIGHT} is not finite"),
         (_finite(weight) & (weight <= 0), f"{WEIGHT} is not above 0"),
+        (there[OFFSET] & offset.isNull(), f"{OFFSET} is not a number"),
+        (~_finite(offset), f"{OFFSET} is not finite"),
         (there[EVENT_TIME] & F.col(EVENT_TIME).isNull(), f"{EVENT_TIME} is not understood"),
     ]
     if timed:
@@ -115,12 +120,15 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
     )
 
 
-def typed_events(file: SourceFile, found: Mapping[str, str], loss: str, timed: bool = False) -> DataFrame:
+def typed_events(
+    file: SourceFile, found: Mapping[str, str], loss: str, timed: bool = False, contexts: Sequence[str] = ()
+) -> DataFrame:
     """The file's rows as events, with the reason of refusal and, where there is one, the raw row.
 
     Args:
-        found: our column → the file's, see :func:`mtl.read.match`.
+        found: our column → the file's, see :func:`match_events`.
         loss, timed: see :func:`refusal`.
+        contexts: columns whose values are kept with the events (:mod:`mtl.effects`).
 
     Raises:
         InputError: a column's type cannot hold what the column means.
@@ -136,10 +144,11 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str, timed: b
             raise InputError(f"{file.path}: column {found[name]} ({name}) has the type {kind.simpleString()}")
         return quoted(found[name]), kind
 
-    cells = {name: cell(name, (T.StringType, T.NumericType, T.BooleanType)) for name in (LABEL, WEIGHT)}
+    cells = {name: cell(name, (T.StringType, T.NumericType, T.BooleanType)) for name in (LABEL, WEIGHT, OFFSET)}
     times = (T.StringType, T.NumericType, T.TimestampType, T.TimestampNTZType, T.DateType)
     cells[EVENT_TIME] = cell(EVENT_TIME, times)
     ids = {name: cell(name, (T.AtomicType,)) for name in (EVENT_ID, USER_ID, INPUT_ID)}
+    values = {name: text_id(*cell(name, (T.AtomicType,))) for name in sorted(contexts)}
     weight = F.when(F.col(_BLANK + WEIGHT), 1.0).otherwise(number(*cells[WEIGHT]))
     rows = file.rows.select(
         "*",
@@ -152,6 +161,8 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str, timed: b
         number(*cells[LABEL]).alias(LABEL),
         weight.alias(WEIGHT),
         moment(*cells[EVENT_TIME]).alias(EVENT_TIME),
+        number(*cells[OFFSET]).alias(OFFSET),
+        context(values).alias(CONTEXT),
     )
     return rows.withColumn(REASON, refusal(file.format, loss, timed)).select(
         F.coalesce(EVENT_ID, derived_id()).alias(EVENT_ID),
@@ -161,18 +172,66 @@ def typed_events(file: SourceFile, found: Mapping[str, str], loss: str, timed: b
     )
 
 
+def context(values: Mapping[str, Column]) -> Column:
+    """The values (text) by their names as one JSON object; null where there are none."""
+    if not values:
+        return F.lit(None).cast("string")
+    there = F.coalesce(*values.values()).isNotNull()
+    return F.when(there, F.to_json(F.struct(*(value.alias(name) for name, value in values.items()))))
+
+
+def check_contexts(names: Sequence[str]) -> None:
+    """Refuse contexts with names that are not theirs alone.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for i, name in enumerate(names):
+        if name in EVENT_COLUMNS or name in names[:i]:
+            raise ConfigError(
+                f"model.contexts: {name} is "
+                + ("named twice" if name in names[:i] else "a column that events have anyway")
+            )
+
+
+def match_events(
+    file: SourceFile,
+    columns: Mapping[str, str],
+    contexts: Sequence[str],
+    required: Sequence[str] = REQUIRED_EVENT_COLUMNS,
+) -> dict[str, str]:
+    """:func:`mtl.read.match` for a file of events.
+
+    Raises:
+        ConfigError: a context has the name of another column of events.
+        InputError: see there.
+    """
+    check_contexts(contexts)
+    return match(file, columns, (*OFFERED_COLUMNS, *contexts), required)
+
+
 def refused_events(file: SourceFile, reason: str) -> DataFrame:
     """All rows of a file as :func:`typed_events` has refused ones."""
-    kinds = {LABEL: "double", WEIGHT: "double", EVENT_TIME: "timestamp"}
+    kinds = {LABEL: "double", WEIGHT: "double", EVENT_TIME: "timestamp", OFFSET: "double"}
     nothing = (F.lit(None).cast(kinds.get(name, "string")).alias(name) for name in EVENT_COLUMNS)
     return file.rows.select(*nothing, F.lit(reason).alias(REASON), file.raw().alias(RAW))
 
 
-def checked_events(rows: DataFrame, user: str, input: str, label: str, weight: str | None, loss: str) -> DataFrame:
-    """(user_id, input_id, label, weight, reason): rows of a DataFrame as events, with the reason for refusing one.
+def checked_events(
+    rows: DataFrame,
+    user: str,
+    input: str,
+    label: str,
+    weight: str | None,
+    loss: str,
+    offset: str | None = None,
+    contexts: Sequence[str] = (),
+) -> DataFrame:
+    """(user_id, input_id, label, weight, offset, context, reason): rows of a DataFrame, with the reason for refusing one.
 
     Args:
-        user, input, label, weight: names of its columns; every weight is 1 where there is no column of weights.
+        user, input, label, weight, offset: names of its columns; every weight is 1 where there is no column of weights.
+        contexts: names of its columns that are contexts.
     """
 
     def cell(name: str) -> tuple[Column, T.DataType]:
@@ -187,9 +246,12 @@ def checked_events(rows: DataFrame, user: str, input: str, label: str, weight: s
         F.lit(False).alias(_BLANK + WEIGHT),
         F.lit(True).alias(_BLANK + EVENT_TIME),
         F.lit(None).cast("timestamp").alias(EVENT_TIME),
+        (number(*cell(offset)) if offset else F.lit(None).cast("double")).alias(OFFSET),
+        (quoted(offset).isNull() if offset else F.lit(True)).alias(_BLANK + OFFSET),
+        context({name: text_id(*cell(name)) for name in sorted(contexts)}).alias(CONTEXT),
         F.lit(None).cast("string").alias(MALFORMED),
     )
-    return typed.select(USER_ID, INPUT_ID, LABEL, WEIGHT, refusal("parquet", loss).alias(REASON))
+    return typed.select(USER_ID, INPUT_ID, LABEL, WEIGHT, OFFSET, CONTEXT, refusal("parquet", loss).alias(REASON))
 
 
 _NAMES = {"csv": "CSV", "jsonl": "JSON", "parquet": "Parquet"}

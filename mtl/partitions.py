@@ -17,10 +17,12 @@ from pyspark.sql import types as T
 from mtl import blocks
 from mtl.arrow import lists, matrix
 from mtl.blocks import EventBlock
+from mtl.contexts import codes_of, columns_of, given_offsets
+from mtl.effects import Effects, names_of
 from mtl.encode import Encoder
 from mtl.gaussian import Array
 from mtl.sampling import ROLE
-from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.schema import INPUT_ID, LABEL, OFFSET, USER_ID, WEIGHT
 from mtl.sharing import is_remote, share
 
 _ATTRIBUTES = "attributes"
@@ -28,24 +30,31 @@ _ATTRIBUTES_TYPE = T.ArrayType(T.DoubleType())
 
 
 def partition_events(
-    events: DataFrame, described: DataFrame | None, width: int, catalogue: pa.Array, partitions: int
+    events: DataFrame,
+    described: DataFrame | None,
+    width: int,
+    catalogue: pa.Array,
+    partitions: int,
+    effects: Effects = (),
 ) -> DataFrame:
     """Rows of :data:`mtl.blocks.ARROW_SCHEMA`, one a hash partition of users, persisted.
 
     Args:
-        events: user_id, input_id, label, weight; and roles, of :func:`mtl.sampling.with_roles`, where there are any.
+        events: user_id, input_id, label, weight; roles, of :func:`mtl.sampling.with_roles`, where there are any; offset and
+            context where any event has them.
         described: of :func:`encode_users`, or None where no user has attributes.
         width: p of the users' encoded attributes, constant included.
         catalogue: ids of all inputs; an event of another one is an error of the caller.
         partitions: number of hash partitions.
+        effects: of the events' contexts.
     """
-    role = [ROLE] if ROLE in events.columns else []
-    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *role)
+    optional = [name for name in (ROLE, OFFSET) if name in events.columns]
+    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *optional, *columns_of(events, names_of(effects)))
     if described is not None:
         rows = rows.withColumn(_ATTRIBUTES, F.lit(None).cast(_ATTRIBUTES_TYPE)).unionByName(
             described, allowMissingColumns=True
         )
-    build = _build_in_arrow(share(events.sparkSession, catalogue), width)
+    build = _build_in_arrow(share(events.sparkSession, (catalogue, effects)), width)
     return rows.repartition(partitions, USER_ID).mapInArrow(build, blocks.DDL).persist(StorageLevel.MEMORY_AND_DISK)
 
 
@@ -92,11 +101,12 @@ def settled(rows: DataFrame) -> DataFrame:
     return rows.checkpoint() if durable else rows.localCheckpoint()
 
 
-def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _build_in_arrow(shared: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]
         if not rows:
             return
+        catalogue, effects = shared.value
         table = pa.Table.from_batches(rows)
         events, described = table, table.slice(0, 0)
         attributes: Array = np.empty((0, width))
@@ -106,12 +116,14 @@ def _build_in_arrow(catalogue: Any, width: int) -> Callable[[Iterator[pa.RecordB
             attributes = matrix(described[_ATTRIBUTES], width)
         block = blocks.build(
             events[USER_ID],
-            blocks.index_of(events[INPUT_ID], catalogue.value),
+            blocks.index_of(events[INPUT_ID], catalogue),
             events[LABEL].to_numpy(),
             events[WEIGHT].to_numpy(),
             described[USER_ID],
             attributes,
             events[ROLE].to_numpy() if ROLE in events.column_names else None,
+            given_offsets(events),
+            codes_of(events, effects),
         )
         yield blocks.to_arrow(block)
 

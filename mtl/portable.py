@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from pyspark.sql import functions as F
 
 from mtl import blocks, schema
+from mtl.contexts import COLUMN
 from mtl.materialize import features_of
 from mtl.model import Model
-from mtl.schema import INPUT_ID, USER_ID
+from mtl.schema import INPUT_ID, OFFSET, USER_ID
 from mtl.score import PREDICTION, STATE, STD, add_scores, inputs_of
 from mtl.tables import Tables
 from mtl.users import SharedInputs, prior_means
@@ -40,9 +41,17 @@ class PortableModel:
     def predict(self, rows: pd.DataFrame, params: object = None) -> pd.DataFrame:
         """``prediction`` and ``std`` of each row's user_id and input_id, in the rows' order and under their index.
 
-        An unknown user has the prior, an unknown input what the oracle says of an empty attribute row.
+        An unknown user has the prior, an unknown input what the oracle says of an empty attribute row. Rows may also have an
+        ``offset`` and columns of the model's contexts.
         """
-        asked = pa.table({name: pa.array(rows[name], pa.string()) for name in (USER_ID, INPUT_ID)})
+        columns = {name: pa.array(rows[name], pa.string()) for name in (USER_ID, INPUT_ID)}
+        if OFFSET in rows:
+            columns[OFFSET] = pa.array(rows[OFFSET], pa.float64())
+        for name in self.model.contexts:
+            columns[COLUMN + name] = (
+                pa.array(rows[name], pa.string()) if name in rows else pa.nulls(len(rows), pa.string())
+            )
+        asked = pa.table(columns)
         places = blocks.index_of(asked[USER_ID].unique(), self._ids)
         states = self.users.take(pa.array(places[places >= 0]))
         together = pa.concat_tables([asked, states], promote_options="default")

@@ -59,10 +59,13 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
 
 
 def _live(tables: Tables, settings: TrainSettings) -> Live | None:
-    if not settings.lock and not (settings.warm_start and models.has_live(tables)):
+    begins = (settings.warm_start or settings.incremental) and models.has_live(tables)
+    if not settings.lock and not begins:
         return None
     model = models.load_model(tables)
-    return Live(model, tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == model.version))
+    features = tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == model.version)
+    batches = tables.read(schema.EVENTS, model.events_version) if settings.incremental else None
+    return Live(model, features, None if batches is None else batches.select(schema.BATCH).distinct())
 
 
 def _checkpoint(settings: Settings, *data: object) -> Checkpoint | None:

@@ -24,6 +24,7 @@ USER_ID = "user_id"
 INPUT_ID = "input_id"
 LABEL = "label"
 WEIGHT = "weight"
+CONTEXT = "context"  # of an event: JSON object of its contexts' values, by name in order; null where there are none
 EVENT_TIME = "event_time"
 SOURCE = "source"  # the file or stream that offered the row
 BATCH = "batch"  # the ingest batch or update batch that wrote the row
@@ -63,7 +64,7 @@ REFUSED = "refused"  # a candidate that was worse than the live version on fresh
 REQUESTED = "requested"  # no version: somebody asks for one
 
 # Features
-OFFSET = "offset"  # E[o(x)]
+OFFSET = "offset"  # E[o(x)]; of an event, a known part of h beside it
 PHI = "phi"  # E[φ(x)], length k+1, first entry 1
 SECOND_MOMENT = "second_moment"  # E[φφᵀ], packed
 OFFSET_PHI = "offset_phi"  # E[oφ], length k+1
@@ -141,6 +142,8 @@ _EVENT = (
     (LABEL, T.DoubleType()),
     (WEIGHT, T.DoubleType()),
     (EVENT_TIME, T.TimestampType()),
+    (OFFSET, T.DoubleType()),  # a known part of h; null: 0
+    (CONTEXT, T.StringType()),
 )
 
 SCHEMAS: dict[str, T.StructType] = {

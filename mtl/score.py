@@ -20,6 +20,7 @@ from pyspark.sql import types as T
 from mtl import blocks, features, gaussian, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
+from mtl.contexts import columns_of, offsets_of, without_columns
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
@@ -29,7 +30,7 @@ from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.sharing import share
 from mtl.tables import Tables
 from mtl.users import SharedInputs, prior_means
-from mtl.working import belief
+from mtl.working import added, belief
 
 PREDICTION = "prediction"
 STD = "std"
@@ -62,7 +63,8 @@ def score_rows(
     Args:
         shared, users: the model version's rows of the features and the users table.
         input_attributes, user_attributes: input_id or user_id and attributes; None where there are none.
-        rows: user_id and input_id, neither null, and any other columns. Read twice: persist what is dear.
+        rows: user_id and input_id, neither null, and any other columns, of which ``offset`` is a known part of h and
+            ``context`` has the values of contexts. Read twice: persist what is dear.
 
     Returns:
         The columns of ``rows`` in their order, then the two; in no particular order of rows.
@@ -76,9 +78,11 @@ def score_rows(
         states = states.unionByName(described.withColumnsRenamed(STATE), allowMissingColumns=True)
     inputs = inputs_of(model, shared, input_attributes, rows.select(INPUT_ID).distinct())
     broadcast = share(rows.sparkSession, (model, inputs))
+    if model.contexts:
+        rows = rows.select("*", *columns_of(rows, model.contexts))
     scored = T.StructType([*rows.schema.fields, *(T.StructField(name, T.DoubleType()) for name in (PREDICTION, STD))])
     together = rows.unionByName(states, allowMissingColumns=True)
-    return together.repartition(USER_ID).mapInArrow(_score_in_arrow(broadcast), scored)
+    return without_columns(together.repartition(USER_ID).mapInArrow(_score_in_arrow(broadcast), scored), model.contexts)
 
 
 def inputs_of(model: Model, shared: DataFrame, attributes: DataFrame | None, wanted: DataFrame) -> SharedInputs:
@@ -117,11 +121,12 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
     place[place < 0] = len(inputs.ids)
     w, second = _moments(a, b, prior_mean, model)
     prediction, std = np.empty(len(place)), np.empty(len(place))
-    loss = LOSSES[model.loss]
+    loss, offsets = LOSSES[model.loss], offsets_of(rows, model.artefact.effects)
     for first in range(0, len(place), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         user = row[is_row][part]
         of_h = belief(w[user], second[user], inputs.features.take(place[part]))
+        of_h = added(of_h, None if offsets is None else offsets.at(part))
         prediction[part], std[part] = loss.response(*of_h), loss.deviation(*of_h, model.noise)
     return rows.append_column(PREDICTION, pa.array(prediction)).append_column(STD, pa.array(std))
 

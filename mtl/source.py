@@ -25,8 +25,8 @@ from pyspark.sql import types as T
 
 from mtl.config import Settings
 from mtl.errors import ConfigError, InputError, StateError
-from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, refused_events, typed_events
-from mtl.read import MALFORMED, SourceFile, format_of, is_remote, match, open_alike, parquet_shape
+from mtl.parse import OFFERED_COLUMNS, REQUIRED_EVENT_COLUMNS, match_events, refused_events, typed_events
+from mtl.read import MALFORMED, SourceFile, format_of, is_remote, open_alike, parquet_shape
 from mtl.schema import EVENT_ID
 
 _FILES = "path string, modificationTime timestamp, length long, content binary"
@@ -124,8 +124,9 @@ class Source:
                 parts.append(offered)
                 continue
             try:
-                found = match(offered, self.columns, EVENT_COLUMNS, ())
-                typed = typed_events(offered, found, self.settings.model.loss, self.settings.model.half_life_days > 0)
+                of = self.settings.model
+                found = match_events(offered, self.columns, of.contexts, ())
+                typed = typed_events(offered, found, of.loss, of.half_life_days > 0, of.contexts)
                 seen.check(offered, found)
                 parts.append(typed)
                 ids_given |= EVENT_ID in found
@@ -144,7 +145,7 @@ class Source:
         """
         if self.settings.source.kind == "delta":
             table = self._table(rows)
-            seen.check(table, match(table, self.columns, EVENT_COLUMNS, ()))
+            seen.check(table, match_events(table, self.columns, self.settings.model.contexts, ()))
 
     def _table(self, rows: DataFrame) -> SourceFile:
         whole = rows.withColumn(MALFORMED, F.lit(None).cast("string"))
@@ -157,7 +158,8 @@ class Source:
         elif kind == "delta":
             yield self._table(batch)
         else:
-            names = [self.columns.get(name, name) for name in EVENT_COLUMNS]
+            ours = (*OFFERED_COLUMNS, *self.settings.model.contexts)
+            names = [self.columns.get(name, name) for name in ours]
             kind_of_row = T.StructType([T.StructField(name, T.StringType()) for name in (*names, MALFORMED)])
             parsed = F.from_json(_VALUE, kind_of_row, {"columnNameOfCorruptRecord": MALFORMED})
             rows = batch.select(_VALUE, parsed.alias("row")).select(_VALUE, "row.*")
@@ -237,7 +239,7 @@ class Columns:
         first = self.first.get(file.format, {})
         wrong = [
             f"column {name} ({first.get(name, 'required')}) is missing"
-            for name in EVENT_COLUMNS
+            for name in dict.fromkeys((*OFFERED_COLUMNS, *first))
             if name not in found and (name in first or name in REQUIRED_EVENT_COLUMNS)
         ]
         wrong += [

@@ -58,8 +58,9 @@ class Degrees:
     """Column sums d_x of the pattern, as a product of one column."""
 
     def __call__(self, block: EventBlock) -> Sums:
-        counts = np.bincount(block.places, minlength=len(block.inputs)).astype(float)
-        return Sums(block.inputs, counts[:, None], np.zeros(1), int(np.sum(np.diff(block.starts) > 0)))
+        pattern = block.pattern
+        counts = np.bincount(pattern.indices, minlength=len(block.inputs)).astype(float)
+        return Sums(block.inputs, counts[:, None], np.zeros(1), int(np.sum(np.diff(pattern.indptr) > 0)))
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,10 @@ def noise_edge(n_users: int, n_inputs: int, n_events: float) -> float:
 
 def normalized(block: EventBlock, users: slice) -> sp.csr_matrix:
     """D_u^{-1/2} M of some users of a block, (users, inputs seen)."""
-    starts = block.starts[users.start : users.stop + 1]
-    counts = np.diff(starts)
-    values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts)
-    return sp.csr_matrix(
-        (values, block.places[block.entries(users)], starts - starts[0]), (len(counts), len(block.inputs))
-    )
+    pattern = block.pattern[users]
+    counts = np.diff(pattern.indptr)
+    pattern.data = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts)
+    return pattern
 
 
 def _sum(each_block: Pass, work: Work, n_inputs: int, width: int) -> tuple[Array, Array, int]:

@@ -14,9 +14,9 @@ from mtl.config import Settings
 from mtl.errors import ConfigError
 from mtl.lock import exclusive
 from mtl.model import Model
+from mtl.parse import EVENT_COLUMNS
 from mtl.read import is_remote
 from mtl.recover import advice, already_applied, check, drop_unplanned, recover, starting_place
-from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.sharing import cores
 from mtl.tables import Tables
 from mtl.updater import Updater
@@ -131,7 +131,7 @@ class Stream:
             limits["maxBytesPerTrigger"] = update.max_bytes_per_trigger
         # Events are only ever taken away by an erasure, which sees to the users itself.
         events = self.tables.stream(schema.EVENTS, startingVersion=first, skipChangeCommits="true", **limits)
-        events = events.select(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME)
+        events = events.select(*EVENT_COLUMNS)
         writer = events.writeStream.foreachBatch(self.updater.apply)
         writer = writer.option("checkpointLocation", self.updater.checkpoint.folder).trigger(**trigger)
         self.query = writer.queryName(self.name).start()

@@ -15,7 +15,7 @@ from mtl import portable
 from mtl.config import Settings
 from mtl.errors import ConfigError
 from mtl.model import Model
-from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.schema import INPUT_ID, MODEL_VERSION, OFFSET, USER_ID
 from mtl.score import PREDICTION, STD
 from mtl.tables import Tables
 
@@ -92,7 +92,13 @@ def _log_model(tables: Tables, settings: Settings, model: Model, folder: Path) -
         code_paths=[str(source)] if source.is_dir() else None,  # a zip cannot be copied from
         pip_requirements=_requirements(),
         signature=ModelSignature(
-            Schema([ColSpec(DataType.string, name) for name in (USER_ID, INPUT_ID)]),
+            Schema(
+                [
+                    *(ColSpec(DataType.string, name) for name in (USER_ID, INPUT_ID)),
+                    ColSpec(DataType.double, OFFSET, required=False),
+                    *(ColSpec(DataType.string, name, required=False) for name in model.contexts),
+                ]
+            ),
             Schema([ColSpec(DataType.double, name) for name in (PREDICTION, STD)]),
         ),
     )

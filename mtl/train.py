@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtl.effects import Effects
 from mtl.engine import Engine
 from mtl.gaussian import Posterior
 from mtl.losses import Loss
@@ -64,6 +65,7 @@ class State(NamedTuple):
     objective: list[float]
     held_out: list[float]
     previous: float  # the objective an iteration ago
+    effects: Effects
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,12 @@ def alternate(
     held_out: list[float] = []
     step, damped, iteration, previous = 1.0, 0, 0, np.inf
     if resume:
-        iteration, _, users, inputs, noise, trace, held_out, previous = resume
+        iteration, _, users, inputs, noise, trace, held_out, previous, _ = resume
 
     def objective(deviance: float) -> float:
         normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
         divergence = users.divergence(user_moments) + (0.0 if locked else inputs.divergence(input_moments))
-        return float(normalizer + deviance / (2 * noise) + divergence)
+        return float(normalizer + deviance / (2 * noise) + divergence + engine.divergence)
 
     def update_inputs() -> tuple[VectorPrior, Moments, float, float]:
         """The inputs' half-step: prior, moments, noise, deviance."""
@@ -169,7 +171,9 @@ def alternate(
         trace.append(reached)
         held_out.append(engine.held_out)
         if save:
-            save(State(iteration, engine.inputs, before, inputs, noise, [*trace], [*held_out], previous))
+            save(
+                State(iteration, engine.inputs, before, inputs, noise, [*trace], [*held_out], previous, engine.effects)
+            )
         if schedule.is_overfit(held_out):
             break
         step = min(1.0, 2 * step)

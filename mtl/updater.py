@@ -42,9 +42,10 @@ from mtl.errors import ReplayError
 from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
+from mtl.parse import EVENT_COLUMNS
 from mtl.partitions import settled
 from mtl.progress import Progress
-from mtl.schema import EVENT_ID, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
+from mtl.schema import EVENT_ID, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.users import MEASURED, MEASURED_OF, WRITTEN, SharedInputs, prior_means, updated_users
 
@@ -319,7 +320,7 @@ class Updater:
         rows = batch.join(F.broadcast(self._ids(unknown)), INPUT_ID, "left_semi").select(
             F.lit(self.model.version).cast("long").alias(MODEL_VERSION),
             F.lit(application).alias(schema.APPLICATION_ID),
-            *(EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, schema.EVENT_TIME),
+            *EVENT_COLUMNS,
             F.lit(number).cast("long").alias(schema.BATCH_ID),
             F.lit(None).cast("long").alias(schema.RELEASED),
         )

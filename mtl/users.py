@@ -14,12 +14,13 @@ from pyspark.sql import DataFrame
 
 from mtl import blocks, decay, gaussian, schema
 from mtl.arrow import lists, matrix
+from mtl.contexts import columns_of, offsets_of
 from mtl.errors import InputError
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
 from mtl.model import Model
-from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, REFERENCE_TIME, USER_ID, WEIGHT
+from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, OFFSET, REFERENCE_TIME, USER_ID, WEIGHT
 from mtl.sharing import share
 from mtl.working import settle
 
@@ -62,7 +63,8 @@ def updated_users(
     """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
 
     Args:
-        events: user_id, input_id, label, weight, and event_time where the model forgets; every input among ``inputs``.
+        events: user_id, input_id, label, weight, event_time where the model forgets, context where it has contexts, and
+            offset where any has one; every input among ``inputs``.
             With a column ``turn`` they are added turn by turn, first those of training: it matters under another loss
             than the squared one.
         states: rows of the users table (of the model's version) of those users that have one.
@@ -72,11 +74,11 @@ def updated_users(
             gets it, model, inputs) → pairs of n ids and numbers (n, m), which come as more rows, without a user, in the
             columns ``measured_of`` and ``measured``.
     """
-    turn = [TURN] if TURN in events.columns else []
+    optional = [name for name in (TURN, OFFSET) if name in events.columns]
     time, reference = ([EVENT_TIME], [REFERENCE_TIME]) if model.half_life_days else ([], [])
-    rows = events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *turn).unionByName(
-        states.select(USER_ID, *_STATE, *reference), allowMissingColumns=True
-    )
+    rows = events.select(
+        USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *optional, *columns_of(events, model.contexts)
+    ).unionByName(states.select(USER_ID, *_STATE, *reference), allowMissingColumns=True)
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
     update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure)
@@ -104,8 +106,9 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     """Events, states and prior means of some users, told apart by their nulls → their new rows.
 
     Args:
-        table: columns user_id; input_id, label, weight of events; a, b, n_events, prior_mean of states; prior_mean
-            alone of described users. Where the model forgets also event_time of events and reference_time of states.
+        table: columns user_id; input_id, label, weight of events, and what :func:`mtl.contexts.offsets_of` takes; a, b,
+            n_events, prior_mean of states; prior_mean alone of described users. Where the model forgets also event_time of
+            events and reference_time of states.
         default_mean: prior mean of a user of whom nothing is known, (d,).
 
     Raises:
@@ -138,6 +141,7 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
         raise ValueError(f"input {unknown} has no features of model version {model.version}")
     turn = events[TURN].to_numpy() if TURN in events.column_names else np.ones(len(events), np.int64)
     time = _times(events, model) if model.half_life_days else None
+    offsets = offsets_of(events, model.artefact.effects)
     w, loss = np.empty_like(b), LOSSES[model.loss]
     for now in np.unique(turn):
         chosen = turn == now
@@ -147,13 +151,16 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
             a, b, weight = a * of_sums[:, None], b * of_sums[:, None], weight * of_events
         members = np.flatnonzero(np.bincount(mine, minlength=len(users)))
         mine = np.searchsorted(members, mine) if len(members) < len(users) else mine
-        weights, labels = blocks.csr(mine, place[chosen], label, weight, len(members), len(inputs.ids))
+        pairs = mine, place[chosen], label, weight, len(members), len(inputs.ids)
+        weights, labels, rest = blocks.entries(*pairs, None if offsets is None else offsets.at(chosen))
         for first in range(0, len(members), blocks.USERS_AT_ONCE):
             part = slice(first, first + blocks.USERS_AT_ONCE)
             of = members[part] if len(members) < len(users) else part
             posteriors = partial(model.user_posteriors, prior_mean=prior_mean[of])
             before = None if now == TRAINING else (a[of], b[of])
-            a[of], b[of], known = settle(weights[part], labels[part], inputs.features, posteriors, loss, before)
+            within = slice(weights.indptr[part.start], weights.indptr[min(part.stop, len(members))])
+            matrices, at = (weights[part], labels[part]), None if rest is None else rest.at(within)
+            a[of], b[of], known = settle(*matrices, inputs.features, posteriors, loss, before, at)
             w[of] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
     last = pa.array(reference, mask=reference == decay.NEVER).cast(_TIME)

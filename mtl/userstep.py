@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from mtl import alternation, blocks, gaussian
 from mtl.alternation import Extended, InputSums
 from mtl.blocks import EventBlock
+from mtl.earlier import Evidence
+from mtl.effects import Effects, Offsets
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
 from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
-from mtl.working import beliefs
+from mtl.working import added, beliefs, means
 from mtl.zeros import WithZeros, zeros_of
 
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
@@ -46,6 +50,8 @@ class Specification:
     known: Known | None = None
     precision: str = "double"  # of products and exchanged sums in passes: double or single
     zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
+    effects: Effects = ()  # of the events' contexts, to start from
+    earlier: Evidence | None = None  # what earlier events said of all inputs
 
     @property
     def rounding(self) -> float:
@@ -84,6 +90,8 @@ class BlockSums:
     constant: float  # what the deviance has beside what the sums give
     held_out: float  # summed surprise of the events held out
     zeros: Array | None = None  # what zeros of weight 1 of its users say to every input, where there are any
+    earlier: float = 0.0  # energy of what earlier events said of its users
+    effect: tuple[Array, Array] | None = None  # of the effect that is measured: what :meth:`Effect.learn` takes
 
 
 @dataclass(frozen=True)
@@ -96,45 +104,98 @@ class UserStep:
     loss: Loss
     mu: float
     step: float = 1.0  # how far working values move to their new ones
+    effects: Effects = ()
+    measured: int | None = None  # the effect that the events are to say something of
 
     def __call__(self, block: EventBlock) -> tuple[EventBlock, BlockSums]:
         """The users' posteriors and what they say to the inputs; the block with new working values, where it has any."""
         features = self.features.take(block.inputs)
         dtype = features.phi.dtype  # of the products and of what is sent, not of what is solved
         sums = InputSums.zeros(len(block.inputs), features.phi.shape[1], dtype)
-        moments, constant, held_out = [], 0.0, 0.0
+        moments, constant, held_out, energy = [], 0.0, 0.0, 0.0
         zeros = np.zeros(sums.second.shape[1]) if isinstance(self.prior, WithZeros) else None
         block = self._started(block)
         precision, information = (block.weights, block.labels) if self.loss.is_quadratic else _copies(block)
+        apart = block.of_role(blocks.HELD_OUT) if block.has(blocks.HELD_OUT) else None
+        offsets = block.offsets(self.effects)
+        fitted = np.empty(len(block.places) if self.measured is not None else 0)  # o + w·φ of every entry
         for users in block.parts():
-            weights, labels = (
-                block.matrix(values.astype(dtype, copy=False))[users] for values in (precision, information)
-            )
+            weights, labels = self._matrices(block, users, precision, information, offsets, dtype)
             a, b = alternation.user_sums(weights, labels, features)
             extended = Extended.empty(len(a), b.shape[1], dtype)
             for part in gaussian.parts(len(a), b.shape[1], _BYTES_AT_ONCE):
                 few = slice(users.start + part.start, users.start + part.stop)
                 attributes, entries = block.attributes[few], block.entries(few)
-                posteriors = self.prior.posteriors(a[part].astype(float), b[part].astype(float), attributes, self.noise)
+                posteriors, of_earlier = self._posteriors(block, few, a[part].astype(float), b[part].astype(float))
+                energy += of_earlier
                 moments.append(self.prior.moments(posteriors, attributes))
                 for values, of_few in zip(extended, Extended.of(posteriors, dtype), strict=True):
                     values[part] = of_few
                 if zeros is not None:
                     zeros += zeros_of(posteriors)
-                if block.extra is not None:
-                    held_out += self._surprise(block, few, posteriors, features)
+                if apart is not None:
+                    held_out += self._surprise(apart, few, posteriors, features)
+                if self.measured is not None:
+                    fitted[entries] = means(weights[part], posteriors, features)
                 if not self.loss.is_quadratic:
-                    believed = beliefs(weights[part], posteriors, features)
+                    believed = added(beliefs(weights[part], posteriors, features), _at(offsets, entries))
                     events = *believed, block.weights[entries], block.labels[entries]
                     constant += self._rework(events, precision[entries], information[entries])
+            if self.measured is not None:
+                continue
             if not self.loss.is_quadratic:
-                weights, labels = (block.matrix(values)[users] for values in (precision, information))
+                weights, labels = self._matrices(block, users, precision, information, offsets)
             said = alternation.input_sums(weights, labels, extended)
             sums.second[:] += said.second
             sums.first[:] += said.first
         if not self.loss.is_quadratic:
             block = replace(block, precision=precision, information=information)
-        return block, BlockSums(block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros)
+        effect = None
+        if offsets is not None:
+            mean, variance = offsets
+            constant += float(precision @ (mean**2 + variance) - 2 * information @ mean)
+            if self.measured is not None:
+                effect = self._effect(block, precision, information - precision * (fitted + mean))
+        return block, BlockSums(
+            block.inputs, sums, sum(moments[1:], moments[0]), constant, held_out, zeros, energy, effect
+        )
+
+    def _posteriors(self, block: EventBlock, users: slice, a: Array, b: Array) -> tuple[Posterior, float]:
+        """Of some users by their sums and what earlier events said of them; and the energy of that."""
+        attributes = block.attributes[users]
+        if block.earlier is None:
+            return self.prior.posteriors(a, b, attributes, self.noise), 0.0
+        earlier = block.earlier.take(users)
+        posteriors = self.prior.posteriors(*earlier.beside(a, b, self.noise), attributes, self.noise)
+        return posteriors, earlier.energy(posteriors)
+
+    def _matrices(
+        self,
+        block: EventBlock,
+        users: slice,
+        precision: Array,
+        information: Array,
+        offsets: Offsets | None,
+        dtype: Any = np.float64,
+    ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """What enters the sums of some users: working values of what is left of h without the offsets."""
+        if offsets is not None:
+            information = information - precision * offsets.mean
+        precision, information = (values.astype(dtype, copy=False) for values in (precision, information))
+        return block.matrix(precision)[users], block.matrix(information)[users]
+
+    def _effect(self, block: EventBlock, precision: Array, residual: Array) -> tuple[Array, Array]:
+        """What the entries say of the measured effect: Σ c and Σ c (z − rest of h) of each of its values.
+
+        Args:
+            residual: c (z − h) of each entry.
+        """
+        assert block.contexts is not None
+        assert self.measured is not None
+        effect, code = self.effects[self.measured], block.contexts[:, self.measured]
+        rest = residual + precision * effect.mean[code]
+        of_values = (np.bincount(code + 1, values, len(effect.mean)) for values in (precision, rest))
+        return tuple(values[1:] for values in of_values)  # type: ignore[return-value]
 
     def _rework(self, events: tuple[Array, ...], precision: Array, information: Array) -> float:
         """Move the events' working values, in place; what the deviance has beside what sums of these give.
@@ -148,23 +209,26 @@ class UserStep:
         surrogate = precision @ (mean**2 + variance) - 2 * information @ mean
         return 2 * float(self.loss.expected(*events).sum()) - float(surrogate)
 
-    def _surprise(self, block: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
+    def _surprise(self, held_out: EventBlock, users: slice, posteriors: Posterior, features: Features) -> float:
         """Of the events held out, under what the users know of the others."""
-        extra = block.extra
-        assert extra is not None
-        pattern = extra.matrix(extra.weights, (len(block), len(block.inputs)))[users]
-        entries = slice(int(extra.starts[users.start]), int(extra.starts[users.stop]))
-        events = *beliefs(pattern, posteriors, features), extra.weights[entries], extra.labels[entries]
-        return float(self.loss.surprise(*events) @ (extra.roles[entries] == blocks.HELD_OUT))
+        entries = held_out.entries(users)
+        believed = beliefs(held_out.weight_matrix[users], posteriors, features)
+        believed = added(believed, _at(held_out.offsets(self.effects), entries))
+        return float(self.loss.surprise(*believed, held_out.weights[entries], held_out.labels[entries]).sum())
 
     def _started(self, block: EventBlock) -> EventBlock:
         """With working values to begin from."""
         if self.loss.is_quadratic or block.precision is not None:
             return block
-        mean_label = float(self.loss.response(np.array(self.mu), np.array(0.0)))
-        belief = self.loss.start(block.weights, block.labels, mean_label)
+        offsets = block.offsets(self.effects)
+        h = np.full(len(block.weights), self.mu) + (0.0 if offsets is None else offsets.mean)
+        belief = self.loss.start(block.weights, block.labels, self.loss.response(h, np.zeros_like(h)))
         precision, information = self.loss.working(*belief, block.weights, block.labels)
         return replace(block, precision=precision, information=information)
+
+
+def _at(offsets: Offsets | None, entries: slice) -> Offsets | None:
+    return None if offsets is None else offsets.at(entries)
 
 
 def _copies(block: EventBlock) -> tuple[Array, Array]:

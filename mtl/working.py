@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from mtl import alternation, gaussian
+from mtl.effects import Offsets
 from mtl.features import Features
 from mtl.gaussian import Array, Posterior
 from mtl.losses import Loss
@@ -40,6 +41,22 @@ def beliefs(pattern: sp.csr_matrix, users: Posterior, features: Features) -> tup
     return mean, variance
 
 
+def means(pattern: sp.csr_matrix, users: Posterior, features: Features) -> Array:
+    """The means of :func:`beliefs` alone, (entries,)."""
+    row = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
+    mean = np.empty(pattern.nnz)
+    for first in range(0, pattern.nnz, _ENTRIES_AT_ONCE):
+        part = slice(first, first + _ENTRIES_AT_ONCE)
+        of = pattern.indices[part]
+        mean[part] = features.offset[of] + np.einsum("nd,nd->n", users.mean[row[part]], features.phi[of])
+    return mean
+
+
+def added(believed: tuple[Array, Array], offsets: Offsets | None) -> tuple[Array, Array]:
+    """Means and variances of h of entries with their offsets."""
+    return believed if offsets is None else (believed[0] + offsets.mean, believed[1] + offsets.variance)
+
+
 def belief(w: Array, second: Array, features: Features) -> tuple[Array, Array]:
     """Mean and variance of h = o + w·φ for n pairs, (n,) each.
 
@@ -64,6 +81,7 @@ def settle(
     posteriors: Callable[[Array, Array], Posterior],
     loss: Loss,
     before: tuple[Array, Array] | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Array, Array, Posterior]:
     """Users' working sums A and b and their posteriors, given the features: the same for the same events.
 
@@ -75,30 +93,37 @@ def settle(
         weights, labels: c and c·y, (users, inputs), of one pattern.
         posteriors: (A, b) → the users' posteriors under their prior.
         before: A, packed (users, d(d+1)/2), and b, (users, d), of earlier events.
+        offsets: a known part of h of every entry; None where it is 0.
     """
     n, d = weights.shape[0], features.phi.shape[1]
     start = before or (np.zeros((n, gaussian.packed_length(d))), np.zeros((n, d)))
     if loss.is_quadratic:
-        a, b = alternation.user_sums(weights, labels, features)
+        a, b = alternation.user_sums(weights, left(weights, labels, offsets), features)
         a += start[0]
         b += start[1]
         return a, b, posteriors(a, b)
     users = posteriors(*start)
-    mean, variance = beliefs(weights, users, features)
+    mean, variance = added(beliefs(weights, users, features), offsets)
     if not loss.is_bounded:
         mean, variance = loss.start(weights.data, labels.data, loss.response(mean, np.zeros_like(mean)))
     for remaining in reversed(range(ADDING_PASSES if before else SETTLING_PASSES)):
         precision, information = loss.working(mean, variance, weights.data, labels.data)
-        a, b = alternation.user_sums(like(weights, precision), like(weights, information), features)
+        precise, informed = like(weights, precision), like(weights, information)
+        a, b = alternation.user_sums(precise, left(precise, informed, offsets), features)
         a += start[0]
         b += start[1]
         users = posteriors(a, b)
         if remaining:
-            reached, spread = beliefs(weights, users, features)
+            reached, spread = added(beliefs(weights, users, features), offsets)
             if not loss.is_bounded:
                 reached, spread = mean + np.clip(reached - mean, *_NEWTON_STEP), (variance + spread) / 2
             mean, variance = reached, spread
     return a, b, users
+
+
+def left(weights: sp.csr_matrix, labels: sp.csr_matrix, offsets: Offsets | None) -> sp.csr_matrix:
+    """Weighted labels of what is left of h without the offsets of the entries."""
+    return labels if offsets is None else like(labels, labels.data - weights.data * offsets.mean)
 
 
 def like(pattern: sp.csr_matrix, values: Array) -> sp.csr_matrix:

@@ -146,7 +146,7 @@ def test_a_broken_function_is_an_error_that_says_what_and_where(function: Differ
 
 def full_objective(engine: LocalEngine, users: VectorPrior, inputs: FunctionBasis, noise: float, rounds: int) -> float:
     """J with users, and residuals where there are any, at their optimum for this θ; priors and noise as given."""
-    precision, information = engine._evidence()
+    precision, information = engine._evidence(1.0)
     engine.inputs = inputs.posteriors(precision, information, engine.specification.attributes, noise)
     for _ in range(rounds):
         user_moments, deviance = engine.update_users(users, noise)
@@ -169,7 +169,7 @@ def test_the_collapsed_gradient_is_that_of_the_whole_objective_with_users_at_the
     inputs, users, z = replace(start, theta=theta), problem.user_prior(k), problem.input_attributes
     engine = problem.engine(k)
     full_objective(engine, users, inputs, noise, rounds)
-    W, v = integrated_weights(*engine._evidence(), inputs.covariance, noise)
+    W, v = integrated_weights(*engine._evidence(noise), inputs.covariance, noise)
     gradient = Slope.of(function, theta, W, v, z).gradient
     assert np.abs(gradient).max() > 1
     for j in range(len(theta)):
@@ -185,7 +185,7 @@ def test_slopes_of_parts_add_to_that_of_the_whole() -> None:
     problem = planted(1, inputs=9)
     engine = problem.engine(2)
     engine.update_users(problem.user_prior(2), 0.4)
-    W, v = integrated_weights(*engine._evidence(), np.zeros((3, 3)), 0.4)
+    W, v = integrated_weights(*engine._evidence(0.4), np.zeros((3, 3)), 0.4)
     function, z = TwoLayer(4), problem.input_attributes
     theta = function.start(3, 3, 0) + 0.1
     whole = Slope.of(function, theta, W, v, z)
@@ -200,7 +200,7 @@ def test_slopes_of_parts_add_to_that_of_the_whole() -> None:
 def evidence_of(problem: Problem, k: int) -> tuple[Array, Array]:
     engine = problem.engine(k)
     engine.update_users(problem.user_prior(k), 0.4)
-    return engine._evidence()
+    return engine._evidence(1.0)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -190,7 +190,7 @@ def test_an_oracle_is_fitted_on_what_given_entries_leave() -> None:
     refitted = engine.refit(prior, 0.3)
     assert isinstance(prior, PartlyGiven)
     assert isinstance(prior.learnt, OracleBasis)
-    precision, information = engine._evidence()
+    precision, information = engine._evidence(1.0)
     full = gaussian.unpack(precision, form.d)
     z = problem.input_attributes
     target = (information[:, 0] - np.einsum("nj,nj->n", full[:, 0, 1:], z[:, 1:])) / full[:, 0, 0]

@@ -8,6 +8,7 @@ import msgspec
 
 Value = str | float | bool | None | list[str | float]
 Attributes = dict[str, Value]
+Context = dict[str, str | float | bool]
 
 
 class Problem(Exception):
@@ -23,12 +24,19 @@ class ErrorBody(msgspec.Struct):
     message: str
 
 
-class PredictRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """One user, many inputs, each an id or an object of attributes."""
+class About(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """For whom inputs are judged, and in what context."""
 
     user: str | int
-    inputs: list[str | int | Attributes]
     user_attributes: Attributes | None = None  # of a user of whom the tables know nothing
+    offset: float = 0.0  # a known part of h
+    context: Context = {}  # values of model.contexts
+
+
+class PredictRequest(About, kw_only=True, forbid_unknown_fields=True):
+    """One user, many inputs, each an id or an object of attributes."""
+
+    inputs: list[str | int | Attributes]
     deadline_ms: float | None = None
 
 
@@ -71,6 +79,8 @@ class ObserveRequest(msgspec.Struct, forbid_unknown_fields=True):
     weight: float = 1.0
     event_id: str | None = None
     event_time: str | None = None  # ISO 8601; now, where there is none
+    offset: float = 0.0
+    context: Context = {}
 
 
 class ObserveAnswer(msgspec.Struct):
@@ -90,13 +100,11 @@ class FeedbackAnswer(msgspec.Struct):
     decision_id: str
 
 
-class ChooseRequest(msgspec.Struct, forbid_unknown_fields=True):
+class ChooseRequest(About, kw_only=True, forbid_unknown_fields=True):
     """One of several inputs for a user, drawn by a policy: serve.explore, where none is named."""
 
-    user: str | int
     inputs: list[str | int | Attributes]
     explore: Literal["greedy", "linucb", "thompson"] | None = None
-    user_attributes: Attributes | None = None
     deadline_ms: float | None = None
 
 
@@ -113,16 +121,14 @@ class ChooseAnswer(Stamp, kw_only=True, omit_defaults=True):
     incomplete_inputs: list[int] = []
 
 
-class TopRequest(msgspec.Struct, forbid_unknown_fields=True):
+class TopRequest(About, kw_only=True, forbid_unknown_fields=True):
     """The best inputs for a user: of all, or of ``candidates``; only those with all attributes of ``where``."""
 
-    user: str | int
     k: int = 10
     candidates: list[str | int] | None = None
     exclude: list[str | int] = []
     exclude_seen: bool = False
     where: Attributes = {}
-    user_attributes: Attributes | None = None
 
 
 class TopAnswer(Stamp, kw_only=True, omit_defaults=True):

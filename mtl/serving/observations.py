@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -33,6 +33,8 @@ class Event(msgspec.Struct, frozen=True):
     label: float
     weight: float
     event_time: str  # ISO 8601, UTC
+    offset: float | None = None
+    context: dict[str, str] = {}  # columns of the line, beside the others
 
 
 class Feedback(msgspec.Struct, frozen=True):
@@ -62,7 +64,21 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Event).decode
+_columns = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+def _line(row: msgspec.Struct) -> bytes:
+    if not isinstance(row, Event):
+        return _encode(row)
+    columns = msgspec.to_builtins(row)
+    context = columns.pop("context")
+    return _encode(columns | context)
+
+
+def _decode(line: bytes) -> Event:
+    columns = _columns(line)
+    context = {name: columns.pop(name) for name in [*columns] if name not in Event.__struct_fields__}
+    return msgspec.convert({**columns, "context": context}, Event)
 
 
 @dataclass
@@ -83,7 +99,7 @@ class ObservationLog:
         """
         if self._file is None:
             self._file = self._open()
-        lines = b"".join(_encode(row) + b"\n" for row in rows)
+        lines = b"".join(_line(row) + b"\n" for row in rows)
         try:
             _write(self._file, lines)
             os.fsync(self._file)

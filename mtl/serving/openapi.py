@@ -45,10 +45,16 @@ _ROUTES: tuple[tuple[str, str, str, type | None, type, tuple[tuple[str, dict[str
     (
         "get",
         "/v1/top",
-        "The best inputs for a user; where=name:value,… filters by attributes.",
+        "The best inputs for a user; where=name:value,… filters by attributes, context=name:value,… is the context.",
         None,
         api.TopAnswer,
-        (("user", _TEXT, True), ("k", _COUNT, False), ("exclude_seen", _FLAG, False), ("where", _TEXT, False)),
+        (
+            ("user", _TEXT, True),
+            ("k", _COUNT, False),
+            ("exclude_seen", _FLAG, False),
+            ("where", _TEXT, False),
+            ("context", _TEXT, False),
+        ),
     ),
     (
         "get",

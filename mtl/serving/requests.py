@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TypeVar
 
@@ -81,6 +81,12 @@ def flag_of(query: Mapping[str, str], name: str) -> bool:
     return value == "true"
 
 
+def pairs_of(query: Mapping[str, str], name: str) -> list[tuple[str, str]]:
+    """Pairs of ``name:value,…``."""
+    parts = (part.partition(":") for part in query.get(name, "").split(","))
+    return [(before, after) for before, colon, after in parts if colon]
+
+
 def k_of(query: Mapping[str, str], most: int) -> int:
     text = query.get("k", str(DEFAULT_K))
     if not (text.isascii() and text.isdigit() and len(text) < 10):
@@ -100,9 +106,25 @@ def finite(name: str, value: float) -> float:
     return value + 0.0  # −0 is 0, as ingest has it
 
 
+def context_of(given: Mapping[str, str | float | bool], contexts: Sequence[str]) -> dict[str, str]:
+    """Values as the text that ingest makes of them."""
+    for name in given:
+        if name not in contexts:
+            there = ", ".join(contexts) or "none"
+            raise Problem(422, "bad_context", f"unknown context {name[:40]!r}; the model has: {there}")
+    return {name: _text(value) for name, value in given.items()}
+
+
+def _text(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def check_event(request: api.ObserveRequest, loss: Loss) -> None:
     """Refuse what ingest would put into quarantine."""
     label, weight = finite("label", request.label), finite("weight", request.weight)
+    finite("offset", request.offset)
     if (reason := loss.refusal(label, label, label == math.floor(label))) is not None:
         raise Problem(422, "bad_label", f"label {label}: a model of {loss.name} loss takes no {reason}")
     if weight <= 0:

@@ -58,6 +58,14 @@ def quadratics(mean: Array, covariance: Array) -> Array:
     return np.concatenate([second, 2 * mean, np.ones((len(mean), 1))], axis=1)
 
 
+def moved(user: Weights, mean: float, variance: float) -> Weights:
+    """The user's weights with something more in every h, of this mean and variance, in the intercept."""
+    covariance, known = covariance_of(user)[None], user.mean[None].copy()
+    known[0, 0] += mean
+    covariance[0, 0] += variance
+    return Weights(known[0], quadratics(known, covariance)[0], user.n_events)
+
+
 def covariance_of(user: Weights) -> Array:
     """The packed covariance (d(d+1)/2,)."""
     d = len(user.mean)

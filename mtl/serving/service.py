@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from mtl.config import ServeSettings
+from mtl.effects import of_one
 from mtl.serving import api, choices, scorer
 from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
@@ -33,12 +34,14 @@ from mtl.serving.requests import (
     allow,
     check_event,
     checked_k,
+    context_of,
     decode,
     finite,
     flag_of,
     identity_of,
     k_of,
     moment_of,
+    pairs_of,
     text_of,
     too_many,
 )
@@ -120,13 +123,13 @@ class Service:
         rows = view.gather(given)
         if rows is None:
             return None
-        user, user_known = self._weights(view, request.user, request.user_attributes)
+        user, user_known = self._weights(view, request)
         return self._answer(view, user_known, given, *view.score(user, rows))
 
     async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
         """The answer where features of some inputs are to be computed."""
         view = self.shown()
-        user, user_known = self._weights(view, request.user, request.user_attributes)
+        user, user_known = self._weights(view, request)
         own = self._ends(request.deadline_ms)
         ends = own if ends is None else min(ends, own)
         inputs = [str(one) if isinstance(one, int) else one for one in request.inputs]
@@ -187,22 +190,20 @@ class Service:
         return await self._top(decode(TOP, body))
 
     async def top_by_query(self, query: Mapping[str, str]) -> bytes:
-        allow(query, "user", "k", "exclude_seen", "where")
-        where = (
-            dict(part.split(":", 1) for part in query["where"].split(",") if ":" in part) if "where" in query else {}
-        )
+        allow(query, "user", "k", "exclude_seen", "where", "context")
         request = api.TopRequest(
-            text_of(query, "user"),
-            k_of(query, self.settings.max_k),
+            user=text_of(query, "user"),
+            k=k_of(query, self.settings.max_k),
             exclude_seen=flag_of(query, "exclude_seen"),
-            where=dict(where),
+            where=dict(pairs_of(query, "where")),
+            context=dict(pairs_of(query, "context")),
         )
         return await self._top(request)
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
         view = self.shown()
-        user, known = self._weights(view, request.user, request.user_attributes)
+        user, known = self._weights(view, request)
         work = asyncio.get_running_loop().run_in_executor
         if request.candidates is not None:
             if len(request.candidates) > self.settings.max_inputs:
@@ -254,7 +255,7 @@ class Service:
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
         view = self.shown()
-        user, user_known = self._weights(view, request.user, request.user_attributes)
+        user, user_known = self._weights(view, request)
         inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self._ends(request.deadline_ms)
         try:
             found = await self._in_time(view.rows_by, inputs, user, ends, self.coarseness)
@@ -297,6 +298,8 @@ class Service:
             request.label + 0.0,
             request.weight,
             moment_of(request.event_time),
+            request.offset or None,
+            context_of(request.context, view.model.contexts),
         )
         is_new = await self._log(event, "the observation", look_up=request.event_id is not None)
         return _encode(api.ObserveAnswer(event.event_id, not is_new))
@@ -332,16 +335,20 @@ class Service:
             raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
         return self.view
 
-    def _weights(self, view: View, user: str | int, attributes: api.Attributes | None) -> tuple[Weights, bool]:
+    def _weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
+        """The user's weights, with what else is in h of the request; and whether the user is known."""
+        user, attributes = about.user, about.user_attributes
         found = view.weights_of(user if isinstance(user, str) else str(user))
-        if found is not None:
-            return found, True
-        if attributes:
+        is_known = found is not None
+        if found is None:
             try:
-                return view.weights_of_described(attributes), False
+                found = view.weights_of_described(attributes) if attributes else view.unknown_weights
             except EncodingError as error:
                 raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
-        return view.unknown_weights, False
+        if about.offset or about.context or view.model.artefact.effects:
+            context = context_of(about.context, view.model.contexts)
+            found = scorer.moved(found, *of_one(finite("offset", about.offset), context, view.model.artefact.effects))
+        return found, is_known
 
 
 def _unknown(given: Sequence[Any], known: Sequence[bool]) -> list[Any]:

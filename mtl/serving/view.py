@@ -17,6 +17,7 @@ import numpy as np
 
 from mtl import blocks, gaussian
 from mtl.config import ServeSettings
+from mtl.effects import Offsets, of_one
 from mtl.features import Features
 from mtl.forms import partly_given
 from mtl.gaussian import Array
@@ -226,7 +227,9 @@ class View:
         label, weight = (np.array([getattr(e.event, name) for e in events]) for name in ("label", "weight"))
         weights, labels = blocks.csr(np.zeros(n, np.int64), np.arange(n), label, weight, 1, n)
         nothing = np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d))
-        _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing)
+        effects = self.model.artefact.effects
+        rest = np.array([of_one(e.event.offset, e.event.context, effects) for e in events])
+        _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing, Offsets(*rest.T))
         quadratic = scorer.quadratics(after.mean, after.covariance)[0]
         return Weights(after.mean[0], quadratic, before.n_events + n)
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from made_up import fill
 
 from mtl.config import load_settings
+from mtl.effects import Effects
 from mtl.serving import metrics
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
@@ -77,12 +78,12 @@ def share_metrics() -> None:
 
 
 @contextmanager
-def calling(folder: Path, *assignments: str, loss: str = "squared") -> Iterator[Client]:
+def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Effects = ()) -> Iterator[Client]:
     """A client of an application over a made-up store."""
     settings = load_settings([], list(assignments)).serve
     share_metrics()
     store, overlay = Store(folder, 1), open_overlay(folder, [])
-    fill(store, USERS, INPUTS, K, loss)
+    fill(store, USERS, INPUTS, K, loss, effects=effects)
     store.write_attributes((f"x{i}", {"year": i / 20, "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
     observer = Observer(overlay, folder / "observations", folder / "feedback", folder / "decisions", 1000.0, 1e9)
     observer.start()

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from mtl import gaussian, schema
 from mtl.config import load_settings
+from mtl.effects import Effects
 from mtl.encode import Encoder
 from mtl.features import Features
 from mtl.gaussian import Array
@@ -33,7 +34,7 @@ def covariances(random: np.random.Generator, n: int, d: int, size: float) -> Arr
     return gaussian.pack(root @ root.transpose(0, 2, 1))
 
 
-def model_row(k: int, loss: str = "squared", seed: int = 0) -> dict[str, Any]:
+def model_row(k: int, loss: str = "squared", seed: int = 0, effects: Effects = ()) -> dict[str, Any]:
     """A row of the models table: attributes `year` of inputs and `age` of users say something of them."""
     random = np.random.default_rng(seed)
     d, settings = k + 1, load_settings().encode
@@ -44,7 +45,7 @@ def model_row(k: int, loss: str = "squared", seed: int = 0) -> dict[str, Any]:
         gram = np.eye(encoder.width) * 100
         covariance = gaussian.unpack(covariances(random, 1, d, 0.1), d)[0] + 0.05 * np.eye(d)
         priors.append(Prior(gram, covariance, random.normal(size=(encoder.width, d)) * 0.3))
-    artefact = Artefact(encoders[0], encoders[1], 0, 0, priors[0], priors[1])
+    artefact = Artefact(encoders[0], encoders[1], 0, 0, priors[0], priors[1], effects)
     return {
         schema.MODEL_VERSION: VERSION,
         schema.STATUS: schema.LIVE,
@@ -68,11 +69,13 @@ def features(random: np.random.Generator, n: int, d: int) -> Features:
     return Features.of(mean, covariances(random, n, d, 0.05), MEAN_LABEL)
 
 
-def fill(store: Store, users: int, inputs: int, k: int, loss: str = "squared", seed: int = 0) -> None:
+def fill(
+    store: Store, users: int, inputs: int, k: int, loss: str = "squared", seed: int = 0, effects: Effects = ()
+) -> None:
     """Users u0, u1 … and inputs x0, x1 … of random sums and features."""
     random = np.random.default_rng(seed)
     d = k + 1
-    store.write_model(VERSION, model_row(k, loss, seed))
+    store.write_model(VERSION, model_row(k, loss, seed, effects))
     names = new_feature_files(VERSION)
     live = Live(VERSION, d, store.new_generation(), *names, 0, inputs + 10, 1.0)
     for first in range(0, inputs, 10_000):

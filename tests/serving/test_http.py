@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from calling import INPUTS, Client, calling
 from made_up import EVENTS_BEFORE
 
+from mtl.effects import Effect
 from mtl.serving import view as views
 from mtl.serving.observations import read, sealed
 
@@ -241,3 +243,46 @@ def test_with_a_token_only_probes_pass_without_it(tmp_path: Path) -> None:
         for wrong in ("Bearer nothing", "open sesame", "", "Bearer open sesame "):
             assert client.send("GET", "/v1/popular", headers={"authorization": wrong})[0] == 401
         assert client.send("GET", "/v1/popular", headers={"authorization": "Bearer open sesame"})[0] == 200
+
+
+def test_contexts_and_offsets_move_every_score_alike(tmp_path: Path) -> None:
+    effect = (
+        Effect.start("hour", pa.array(["18", "6"])).learn(np.array([50.0, 50.0]), np.array([40.0, -40.0]), 0.8).learnt()
+    )
+    with calling(tmp_path, effects=(effect,)) as client:
+
+        def scores(**more: Any) -> np.ndarray:
+            status, answer = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1", {"year": 1}], **more})
+            assert status == 200
+            return np.array([one["score"] for one in answer["scores"]])
+
+        plain = scores()
+        np.testing.assert_allclose(scores(context={"hour": 18}) - plain, effect.mean[0], atol=1e-12)
+        np.testing.assert_allclose(scores(context={"hour": "6"}, offset=0.5) - plain, effect.mean[1] + 0.5, atol=1e-12)
+        np.testing.assert_allclose(scores(context={"hour": "noon"}), plain, atol=1e-12)
+        status, answer = client.ask("GET", "/v1/top", query="user=u1&k=3&context=hour:18")
+        _, without = client.ask("GET", "/v1/top", query="user=u1&k=3")
+        assert status == 200
+        for one, other in zip(answer["scores"], without["scores"], strict=True):
+            assert one["input"] == other["input"]
+            assert one["score"] - other["score"] == pytest.approx(effect.mean[0])
+            assert one["std"] < other["std"]  # no hour is any hour
+        status, answer = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1"], "context": {"month": 1}})
+        assert (status, answer["error"]) == (422, "bad_context")
+        assert "the model has: hour" in answer["message"]
+        body = {
+            "user": "u1",
+            "input": "x1",
+            "label": 4,
+            "event_id": "in-context",
+            "offset": 0.5,
+            "context": {"hour": 18},
+        }
+        assert client.ask("POST", "/v1/observe", body)[0] == 200
+        client.service.observer.stop()
+        folder = tmp_path / "observations"
+        (line,) = [json.loads(line) for path in sealed(folder) for line in path.read_text().splitlines()]
+        assert (line["hour"], line["offset"]) == ("18", 0.5)
+        assert "context" not in line
+        (event,) = read(sealed(folder))
+        assert (event.context, event.offset) == ({"hour": "18"}, 0.5)

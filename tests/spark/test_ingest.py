@@ -68,7 +68,8 @@ def test_every_reason_of_refusal_is_kept_with_the_raw_row_and_offered_adds_up(sh
         "u,i,1,,,surplus": "malformed CSV",
     }
     good = ["u,i,1,,", "u,i,2,0.5,2024-05-01T12:00:00Z", "u,i,1,,"]
-    path = text_file(tmp_path, "events.csv", "user_id,input_id,label,weight,event_time", *cases, *good)
+    names = "user_id,input_id,label,weight,event_time"
+    path = text_file(tmp_path, "events.csv", names, *cases, *good)
     report = ingest_events(shared, SETTINGS, path, {})
     assert counts(report) == (len(cases) + 3, 2, 1, len(cases))
     refused = batch_of(shared, QUARANTINE, report)
@@ -76,7 +77,7 @@ def test_every_reason_of_refusal_is_kept_with_the_raw_row_and_offered_adds_up(sh
     assert {row[schema.SOURCE] for row in refused} == {path}
     raw = {row[schema.REASON]: json.loads(row[schema.RAW]) for row in refused}
     assert raw["event_time is not understood"]["user_id"] == "u"
-    assert raw["label is missing"] == {**dict.fromkeys(EVENT_COLUMNS[1:]), "user_id": "u", "input_id": "i"}
+    assert raw["label is missing"] == {**dict.fromkeys(names.split(",")), "user_id": "u", "input_id": "i"}
     weights = {row[schema.LABEL]: row[schema.WEIGHT] for row in batch_of(shared, EVENTS, report)}
     assert weights == {1.0: 1.0, 2.0: 0.5}
 

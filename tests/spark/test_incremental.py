@@ -1,0 +1,90 @@
+"""Retraining on the events since the live version alone, with what that knew as its prior."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from problems import planted
+from pyspark.sql import SparkSession
+
+from mtl import schema
+from mtl.audit import audit
+from mtl.config import Settings, load_settings
+from mtl.errors import ConfigError, StateError
+from mtl.evaluate import evaluate
+from mtl.ingest import ingest_events
+from mtl.models import promote
+from mtl.retrain import retrain
+from mtl.schema import INPUT_ID, LABEL, USER_ID
+from mtl.tables import Tables
+from mtl.update import update
+
+PROBLEM = planted(8, users=60, inputs=40, k=2, events=3500, noise=0.5, weighted=False)
+FIRST, SECOND = 2000, 2500
+
+
+def settings(*assignments: str) -> Settings:
+    return load_settings([], ["tables.root=unused", "model.k=2", "train.iterations=6", *assignments])
+
+
+INCREMENTAL = settings("train.incremental=true")
+
+
+def file_of(folder: Path, events: np.ndarray) -> str:
+    path = folder / f"{events[0]}.parquet"
+    rows = {USER_ID: PROBLEM.user[events].astype(str), INPUT_ID: PROBLEM.input[events].astype(str)}
+    pd.DataFrame({**rows, LABEL: PROBLEM.label[events]}).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("incremental")
+    tables = Tables(spark, str(folder / "tables"))
+    tables.create(*schema.SCHEMAS)
+    ingest_events(tables, settings(), file_of(folder, np.arange(FIRST)), {})
+    assert retrain(tables, INCREMENTAL)["rows"] == FIRST  # the first version has nothing to begin from
+    return folder / "tables"
+
+
+@pytest.fixture
+def live(spark: SparkSession, trained: Path, tmp_path: Path) -> Tables:
+    shutil.copytree(trained, tmp_path / "tables")
+    return Tables(spark, str(tmp_path / "tables"))
+
+
+def test_later_events_with_what_was_known_are_nearly_worth_all_events(live: Tables, tmp_path: Path) -> None:
+    rest = file_of(tmp_path, np.arange(SECOND, len(PROBLEM)))
+    first = evaluate(live, settings(), rest)["rmse"]
+    ingest_events(live, settings(), file_of(tmp_path, np.arange(FIRST, SECOND)), {})
+    update(live, settings())  # what the stream has added to the live version's users is not counted twice
+    report = retrain(live, INCREMENTAL)
+    objective = report["objective"]
+    assert max(np.diff(objective)) <= 1e-9 * abs(objective[0])
+    promote(live)
+    assert audit(live, settings())["broken"] == []  # users' own sums are of all events
+    incremental = evaluate(live, settings(), rest)["rmse"]
+    retrain(live, settings(), promote=True)
+    whole = evaluate(live, settings(), rest)["rmse"]
+    assert abs(incremental - whole) < 0.01 * whole
+    assert incremental < first
+
+
+def test_what_incremental_training_cannot_do_is_refused(live: Tables, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="no event since the live version's training"):
+        retrain(live, INCREMENTAL)
+    ingest_events(live, settings(), file_of(tmp_path, np.arange(FIRST, SECOND)), {})
+    with pytest.raises(ConfigError, match="live version's form, with k = 2"):
+        retrain(live, settings("train.incremental=true", "model.k=3"))
+    with pytest.raises(ConfigError, match=r"does not go with model\.half_life_days"):
+        retrain(live, settings("train.incremental=true", "model.half_life_days=3"))
+    with pytest.raises(ConfigError, match="loss is squared"):
+        retrain(live, settings("train.incremental=true", "model.loss=poisson"))
+    with pytest.raises(ConfigError, match=r'works with train\.reduction = "driver" only'):
+        retrain(live, settings("train.incremental=true", "train.reduction=distributed"))
+    with pytest.raises(ConfigError, match=r"set train\.lock"):
+        retrain(live, settings("train.incremental=true", 'train.lock=["features"]'))

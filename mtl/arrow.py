@@ -20,4 +20,4 @@ def lists(matrix: Array) -> pa.Array:
 def matrix(column: pa.Array | pa.ChunkedArray, m: int) -> Array:
     """n lists of m numbers each → (n, m)."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, m)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), m)

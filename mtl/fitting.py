@@ -226,7 +226,8 @@ def _described(
     """Gives a block its users' implicit attributes, and what earlier events told of them."""
 
     def described(block: EventBlock) -> EventBlock:
-        block = replace(block, attributes=of_users.described(block.with_extra(EARLIER)).attributes)
+        if of_users.width:
+            block = replace(block, attributes=of_users.described(block.with_extra(EARLIER)).attributes)
         return told(block) if told else block
 
     return described

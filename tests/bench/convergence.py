@@ -26,7 +26,7 @@ from mtl.score import PREDICTION, score_rows
 from mtl.session import open_session
 
 USERS, INPUTS = 50_000, 10_000
-REGULARIZATION = (0.02, 0.05, 0.1, 0.2)
+REGULARIZATION = (0.05, 0.1, 0.2, 0.4)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Events of a planted model; the last part of them comes after a first version. Then in turn, from the same tables: that version with
 its users brought up to date (no retraining), incremental training, and training on all events, cold and from the first version.
 
-    python tests/bench/incremental.py [--events 5000000] [--later 0.05]
+    python tests/bench/incremental.py [--events 1000000] [--later 0.3]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtl.score import PREDICTION, score
 from mtl.session import open_session
 from mtl.tables import Tables
 
-USERS, INPUTS, ITERATIONS = 100_000, 20_000, 10
+USERS, INPUTS, ITERATIONS = 100_000, 20_000, 20
 WAYS = {
     "users_only": 'train.lock=["features"]',
     "incremental": "train.incremental=true",
@@ -39,9 +39,9 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=5_000_000)
+    parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument(
-        "--later", type=float, default=0.05, help="part that comes after the first version (default: %(default)s)"
+        "--later", type=float, default=0.3, help="part that comes after the first version (default: %(default)s)"
     )
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     arguments = parser.parse_args()

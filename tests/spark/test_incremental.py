@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from problems import planted
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.audit import audit
@@ -88,3 +89,17 @@ def test_what_incremental_training_cannot_do_is_refused(live: Tables, tmp_path: 
         retrain(live, settings("train.incremental=true", "train.reduction=distributed"))
     with pytest.raises(ConfigError, match=r"set train\.lock"):
         retrain(live, settings("train.incremental=true", 'train.lock=["features"]'))
+
+
+def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:
+    """What its inputs are is all in its features, for it has no encodings of them."""
+    ids = "oracle.kind=identity"
+    first = retrain(live, settings(ids), promote=True)
+    kept = retrain(live, settings(ids, 'train.lock=["features"]'))
+    one, other = (
+        live.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == report["model_version"]).toPandas()
+        for report in (first, kept)
+    )
+    for name in (schema.PHI, schema.SECOND_MOMENT):
+        pairs = (np.stack(rows.set_index(INPUT_ID)[name].sort_index()) for rows in (one, other))
+        np.testing.assert_allclose(*pairs, atol=1e-12)

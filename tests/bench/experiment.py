@@ -8,6 +8,7 @@ our own columns, ``<name>/events.parquet`` (user_id, input_id, label) and ``<nam
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -24,11 +25,12 @@ from scipy.stats import t as student
 
 from mtl import features, schema, score
 from mtl.config import Settings, load_settings
+from mtl.contexts import COLUMN
 from mtl.features import Features
 from mtl.fitting import train
 from mtl.gaussian import Array
 from mtl.model import Model
-from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
+from mtl.schema import CONTEXT, INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.session import open_session
 from mtl.users import SharedInputs
 
@@ -72,7 +74,7 @@ class Fitted:
     report: dict[str, Any]
 
     def predict(self, rows: pd.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
-        """Prediction and standard deviation of ``rows`` (user_id, input_id), in their order.
+        """Prediction and standard deviation of ``rows`` (user_id, input_id and contexts), in their order.
 
         Args:
             inputs: attributes of inputs, for those that training did not see.
@@ -88,6 +90,7 @@ class Fitted:
                 USER_ID: pa.array(rows[USER_ID], pa.string()),
                 INPUT_ID: pa.array(rows[INPUT_ID], pa.string()),
                 "row": np.arange(len(rows)),
+                **{COLUMN + name: pa.array(rows[name], pa.string()) for name in self.model.contexts},
             }
         )
         together = pa.concat_tables([numbered, self.states], promote_options="default")
@@ -102,7 +105,7 @@ def fit(
     assignments: Sequence[str],
     users: pd.DataFrame | None = None,
 ) -> Fitted:
-    """Train on ``events`` (user_id, input_id, label); nothing else of the data is seen.
+    """Train on ``events`` (user_id, input_id, label and contexts, as text); nothing else of the data is seen.
 
     Args:
         inputs, users: attributes; those of inputs that are not to be known in training must be left out.
@@ -111,7 +114,9 @@ def fit(
     settings: Settings = load_settings((), (*SPARK, *assignments))
     started = time.perf_counter()
     users = pd.DataFrame({USER_ID: pd.Series(dtype=str)}) if users is None else users
-    frames = (_frame(spark, rows) for rows in (events.assign(**{WEIGHT: 1.0}), inputs, users))
+    contexts = events[sorted(settings.model.contexts)].to_dict("records")
+    events = events[[USER_ID, INPUT_ID, LABEL]].assign(**{WEIGHT: 1.0, CONTEXT: [*map(json.dumps, contexts)]})
+    frames = (_frame(spark, rows) for rows in (events, inputs, users))
     trained = train(*frames, settings)
     try:
         model = trained.model(1, schema.LIVE, 0, 0)

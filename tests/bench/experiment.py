@@ -114,9 +114,11 @@ def fit(
     settings: Settings = load_settings((), (*SPARK, *assignments))
     started = time.perf_counter()
     users = pd.DataFrame({USER_ID: pd.Series(dtype=str)}) if users is None else users
-    contexts = events[sorted(settings.model.contexts)].to_dict("records")
-    events = events[[USER_ID, INPUT_ID, LABEL]].assign(**{WEIGHT: 1.0, CONTEXT: [*map(json.dumps, contexts)]})
-    frames = (_frame(spark, rows) for rows in (events, inputs, users))
+    rows = events[[USER_ID, INPUT_ID, LABEL]].assign(**{WEIGHT: 1.0})
+    if settings.model.contexts:
+        values = events[sorted(settings.model.contexts)].to_dict("records")
+        rows[CONTEXT] = [json.dumps(one) for one in values]
+    frames = (_frame(spark, frame) for frame in (rows, inputs, users))
     trained = train(*frames, settings)
     try:
         model = trained.model(1, schema.LIVE, 0, 0)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from py4j.protocol import Py4JError
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -26,11 +23,9 @@ from mtl.materialize import features_of
 from mtl.model import Model, model_of
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.score import PREDICTION, STD, inputs_of, score_rows
-from mtl.tables import Tables
+from mtl.tables import Tables, as_long_as_kept
 
 _READ = (schema.MODELS, schema.FEATURES, schema.USERS, schema.INPUTS, schema.USER_ATTRIBUTES, schema.LEDGER)
-# In what Spark and Delta say of a version whose files or log entries are no longer there.
-_GONE = ("FILE_NOT_EXIST", "FileNotFound", "VersionNotFound", "DELTA_VERSION", "DELTA_LOG_FILE_NOT_FOUND")
 _BATCHES = 5  # of the ledger, the last ones, that an explanation shows
 
 
@@ -100,7 +95,8 @@ def explain(
     Raises:
         StateError: no version was live then, or the files of that state have been vacuumed.
     """
-    with _as_long_as_kept(at):
+    kept = "a prediction can be rebuilt as long as old files are kept (delta.deletedFileRetentionDuration)"
+    with as_long_as_kept(f"{_vacuumed(at)}: {kept}"):
         return _taken_apart(Past.of(tables, at), user, input_id, offset, context or {})
 
 
@@ -156,18 +152,6 @@ def _taken_apart(
         "batches": _last_batches(past) if schema.LEDGER in past.versions else [],
         "tables": past.versions,
     }
-
-
-@contextmanager
-def _as_long_as_kept(at: datetime) -> Iterator[None]:
-    try:
-        yield
-    except (PySparkException, Py4JError) as error:
-        if not any(sign in str(error) for sign in _GONE):
-            raise
-        raise StateError(
-            f"{_vacuumed(at)}: a prediction can be rebuilt as long as old files are kept (delta.deletedFileRetentionDuration)"
-        ) from error
 
 
 def _vacuumed(at: datetime) -> str:

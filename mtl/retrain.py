@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import models, schema, tracking
 from mtl.config import Settings, TrainSettings
 from mtl.drift import seen_in_training
 from mtl.fitting import train
-from mtl.model import model_row
+from mtl.model import Model, model_row
 from mtl.resume import Checkpoint
 from mtl.start import Live
-from mtl.tables import Tables
+from mtl.tables import Tables, as_long_as_kept
 
 
 def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[str, Any]:
@@ -28,13 +29,15 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     """
     started, tracked = time.monotonic(), tracking.is_tracked(settings)
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
+    live = _live(tables, settings.train)
+    told_apart = str(tables.root), events_version, inputs_version, live.model.version if live else None
     trained = train(
         tables.read(schema.EVENTS, events_version),
         tables.read(schema.INPUTS, inputs_version),
         tables.read(schema.USER_ATTRIBUTES),
         settings,
-        _live(tables, settings.train),
-        _checkpoint(settings, str(tables.root), events_version, inputs_version),
+        live,
+        _checkpoint(settings, *told_apart),
     )
     try:
         version = models.next_version(tables)
@@ -64,8 +67,15 @@ def _live(tables: Tables, settings: TrainSettings) -> Live | None:
         return None
     model = models.load_model(tables)
     features = tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == model.version)
-    batches = tables.read(schema.EVENTS, model.events_version) if settings.incremental else None
-    return Live(model, features, None if batches is None else batches.select(schema.BATCH).distinct())
+    return Live(model, features, _batches(tables, model) if settings.incremental else None)
+
+
+def _batches(tables: Tables, model: Model) -> DataFrame:
+    """Of the events that a version was trained on, read at once."""
+    gone = f"train.incremental: the events that version {model.version} was trained on have been vacuumed: train on all"
+    with as_long_as_kept(gone):
+        batches = tables.read(schema.EVENTS, model.events_version).select(schema.BATCH).distinct()
+        return tables.spark.createDataFrame(batches.toArrow())
 
 
 def _checkpoint(settings: Settings, *data: object) -> Checkpoint | None:

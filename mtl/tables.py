@@ -8,17 +8,36 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.config import is_catalog
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, StateError
 
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 _APPEND_ONLY = "delta.appendOnly"
+# In what Spark and Delta say of a version whose files or log entries are no longer there.
+_GONE = ("FILE_NOT_EXIST", "FileNotFound", "VersionNotFound", "DELTA_VERSION", "DELTA_LOG_FILE_NOT_FOUND")
+
+
+@contextmanager
+def as_long_as_kept(otherwise: str) -> Iterator[None]:
+    """For a read of what a table held once.
+
+    Raises:
+        StateError: with the message ``otherwise``; what it was read from has been vacuumed, or its log cleaned.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        if not any(sign in str(error) for sign in _GONE):
+            raise
+        raise StateError(otherwise) from error
 
 
 class Tables:

@@ -104,7 +104,7 @@ def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.
         explain(live, "u1", "x1", at)
     assert explain(live, "u1", "x1", datetime.now(timezone.utc))["model_version"] == 1
     # Without the guard it is Spark's own error, of many lines.
-    monkeypatch.setattr("mtl.explain._GONE", ())
+    monkeypatch.setattr("mtl.tables._GONE", ())
     with pytest.raises((PySparkException, Py4JError)):
         explain(live, "u1", "x1", at)
 

@@ -103,3 +103,17 @@ def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:
     for name in (schema.PHI, schema.SECOND_MOMENT):
         pairs = (np.stack(rows.set_index(INPUT_ID)[name].sort_index()) for rows in (one, other))
         np.testing.assert_allclose(*pairs, atol=1e-12)
+
+
+@pytest.mark.long
+def test_what_a_version_was_trained_on_has_to_be_there(live: Tables, tmp_path: Path) -> None:
+    ingest_events(live, settings(), file_of(tmp_path, np.arange(FIRST, SECOND)), {})
+    live.delta(schema.EVENTS).optimize().executeCompaction()
+    unsafe = "spark.databricks.delta.retentionDurationCheck.enabled"
+    live.spark.conf.set(unsafe, "false")
+    try:
+        live.spark.sql(f"VACUUM {live.name(schema.EVENTS)} RETAIN 0 HOURS").collect()
+    finally:
+        live.spark.conf.unset(unsafe)
+    with pytest.raises(StateError, match="version 1 was trained on have been vacuumed: train on all"):
+        retrain(live, INCREMENTAL)

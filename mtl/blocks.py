@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from mtl.earlier import Evidence
-from mtl.effects import Effects, Offsets, together
+from mtl.effects import Effects, Offsets, part_of, together
 from mtl.gaussian import Array
 
 # Users whose statistics are held at once: every run of them costs one dense sum over all inputs seen.
@@ -151,6 +151,7 @@ class EventBlock:
 
     @property
     def earlier(self) -> Evidence | None:
+        """What earlier events said of the users; None where θ is trained on all events."""
         if self.earlier_precision is None or self.earlier_information is None:
             return None
         return Evidence(self.earlier_precision, self.earlier_information)
@@ -273,7 +274,7 @@ def entries(
     starts, order = _in_rows(row, n_users)
     shape, place = (n_users, n_inputs), place[order]
     weights, labels = (sp.csr_matrix((of[order], place, starts), shape) for of in (weight, weight * label))
-    return weights, labels, offsets.at(order)
+    return weights, labels, part_of(offsets, order)
 
 
 def to_arrow(block: EventBlock) -> pa.RecordBatch:

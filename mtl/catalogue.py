@@ -35,6 +35,7 @@ class Catalogue:
     ids: pa.Array  # sorted
     counts: np.ndarray  # events of each input
     n_events: int
+    rows_trained: int  # events that θ is trained on, those held out for a time among them
     total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
     mean_offset: float
@@ -82,6 +83,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         "co": F.sum(c * F.coalesce(F.col(OFFSET), F.lit(0.0))) if OFFSET in events.columns else F.lit(0.0),
         **{f"n_{part}": F.sum(F.when(inside, counted).otherwise(0.0)) for part, inside in parts.items()},
         **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
+        "rows_trained": F.count_if(parts["kept"]),
         "broken": F.count_if(y != F.floor(y)),
         "min": F.min(y),
         "max": F.max(y),
@@ -104,6 +106,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         ids,
         counts,
         n_events=int(counts.sum()),
+        rows_trained=int(totals["rows_trained"].sum()),
         total_weight=weight,
         mean_label=mean,
         mean_offset=float(totals["co"].sum()) / weight,

@@ -31,7 +31,7 @@ def without_columns(rows: DataFrame, names: Sequence[str]) -> DataFrame:
 
 
 def start(events: DataFrame, names: Sequence[str]) -> Effects:
-    """Effects of all values that there are, before anything is learnt.
+    """Effects of all values that there are, before anything is learnt; the values pass through the driver.
 
     Raises:
         ConfigError: no event has a value of one of the contexts, or it has another column's name.

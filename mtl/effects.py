@@ -29,8 +29,10 @@ class Offsets(NamedTuple):
     mean: Array  # (n,)
     variance: Array
 
-    def at(self, which: slice | np.ndarray) -> Offsets:
-        return Offsets(self.mean[which], self.variance[which])
+
+def part_of(offsets: Offsets | None, which: slice | np.ndarray) -> Offsets | None:
+    """Those of some of the events."""
+    return None if offsets is None else Offsets(offsets.mean[which], offsets.variance[which])
 
 
 @dataclass(frozen=True)

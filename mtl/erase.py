@@ -51,7 +51,7 @@ from mtl.ledger import ERASE, consumed, ledger_of
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
-from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, match_events, text_id, typed_events
+from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, offered_events, text_id
 from mtl.read import match, open_file, quoted
 from mtl.rebuild import applied, at_once, rebuilt
 from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, REASON, SOURCE, USER_ID
@@ -154,9 +154,8 @@ def _ids(tables: Tables, settings: Settings, path: str, columns: Mapping[str, st
 
 def _correction(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> Erasure:
     source = open_file(tables.spark, path, settings.ingest, texts=None)
-    of = settings.model
-    found = match_events(source, columns, of.contexts, (EVENT_ID, *REQUIRED_EVENT_COLUMNS))
-    rows = typed_events(source, found, of.loss, of.half_life_days > 0, of.contexts).persist()
+    _, rows = offered_events(source, columns, settings.model, (EVENT_ID, *REQUIRED_EVENT_COLUMNS))
+    rows = rows.persist()
     try:
         n, ids, refused, reason = rows.agg(
             F.count("*"), F.count_distinct(EVENT_ID), F.count(REASON), F.first(REASON, ignorenulls=True)

@@ -107,7 +107,7 @@ def train(
     of_inputs = live.implicit(catalogue.ids) if live and "features" in lock else implicit.inputs(catalogue.counts)
     of_users = Unknown(kept.user_implicit) if kept and "users" in lock else implicit
     described = np.column_stack([describe_inputs(catalogue.ids, attributes, input_encoder), of_inputs])
-    told = live.of_users(catalogue) if live and batches is not None else None
+    told = live.of_users(catalogue.ids) if live and batches is not None else None
     rows = changed(undescribed, _described(of_users, told)) if of_users.width or told else undescribed
     grams = each_block(rows, lambda block: (len(block), block.attributes.T @ block.attributes))
     if rows is not undescribed:
@@ -124,7 +124,7 @@ def train(
     earlier = None
     if live and batches is not None:
         form, mu = _form_of_live(form, settings, live), live.model.mean_label
-        earlier = live.evidence(catalogue, mu)
+        earlier = live.of_inputs(catalogue.ids, mu)
     specification = Specification(
         attributes=described,
         form=form,

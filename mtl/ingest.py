@@ -34,7 +34,7 @@ from mtl.attributes import ATTRIBUTE_TABLES, AttributeReport, OfferedAttributes,
 from mtl.batches import Batch, IngestReport, close, count_rows, fence_streams, persistently, plan, recover
 from mtl.config import Settings
 from mtl.errors import InputError, StateError
-from mtl.parse import EVENT_COLUMNS, match_events, typed_events
+from mtl.parse import EVENT_COLUMNS, offered_events
 from mtl.read import open_file, readable
 from mtl.schema import (
     ABANDONED,
@@ -134,9 +134,8 @@ def ingest_attributes(
 def _read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> _OfferedEvents:
     log.info("ingest: reading events from %s", path)
     file = open_file(tables.spark, path, settings.ingest, texts=None)
-    of = settings.model
-    found = match_events(file, columns, of.contexts)
-    rows = typed_events(file, found, of.loss, of.half_life_days > 0, of.contexts).persist()
+    found, rows = offered_events(file, columns, settings.model)
+    rows = rows.persist()
     with readable(path, file.format):
         counts = rows.agg(F.count("*"), F.count(REASON)).collect()[0]
     batch = Batch(uuid.uuid4().hex)

@@ -11,6 +11,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from mtl.config import ModelSettings
 from mtl.errors import ConfigError, InputError
 from mtl.read import MALFORMED, SourceFile, match, quoted
 from mtl.schema import CONTEXT, EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, OFFSET, RAW, REASON, USER_ID, WEIGHT
@@ -208,6 +209,18 @@ def match_events(
     """
     check_contexts(contexts)
     return match(file, columns, (*OFFERED_COLUMNS, *contexts), required)
+
+
+def offered_events(
+    file: SourceFile, columns: Mapping[str, str], model: ModelSettings, required: Sequence[str] = REQUIRED_EVENT_COLUMNS
+) -> tuple[dict[str, str], DataFrame]:
+    """Which of the file's columns are ours, and its rows as events (:func:`typed_events`) for a model of these settings.
+
+    Raises:
+        InputError, ConfigError: see :func:`match_events` and :func:`typed_events`.
+    """
+    found = match_events(file, columns, model.contexts, required)
+    return found, typed_events(file, found, model.loss, model.half_life_days > 0, model.contexts)
 
 
 def refused_events(file: SourceFile, reason: str) -> DataFrame:

@@ -21,6 +21,7 @@ from mtl import blocks, features, gaussian, schema
 from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.contexts import columns_of, offsets_of, without_columns
+from mtl.effects import part_of
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
@@ -126,7 +127,7 @@ def add_scores(table: pa.Table, model: Model, inputs: SharedInputs) -> pa.Table:
         part = slice(first, first + _ROWS_AT_ONCE)
         user = row[is_row][part]
         of_h = belief(w[user], second[user], inputs.features.take(place[part]))
-        of_h = added(of_h, None if offsets is None else offsets.at(part))
+        of_h = added(of_h, part_of(offsets, part))
         prediction[part], std[part] = loss.response(*of_h), loss.deviation(*of_h, model.noise)
     return rows.append_column(PREDICTION, pa.array(prediction)).append_column(STD, pa.array(std))
 

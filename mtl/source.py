@@ -25,7 +25,7 @@ from pyspark.sql import types as T
 
 from mtl.config import Settings
 from mtl.errors import ConfigError, InputError, StateError
-from mtl.parse import OFFERED_COLUMNS, REQUIRED_EVENT_COLUMNS, match_events, refused_events, typed_events
+from mtl.parse import OFFERED_COLUMNS, REQUIRED_EVENT_COLUMNS, match_events, offered_events, refused_events
 from mtl.read import MALFORMED, SourceFile, format_of, is_remote, open_alike, parquet_shape
 from mtl.schema import EVENT_ID
 
@@ -124,9 +124,7 @@ class Source:
                 parts.append(offered)
                 continue
             try:
-                of = self.settings.model
-                found = match_events(offered, self.columns, of.contexts, ())
-                typed = typed_events(offered, found, of.loss, of.half_life_days > 0, of.contexts)
+                found, typed = offered_events(offered, self.columns, self.settings.model, ())
                 seen.check(offered, found)
                 parts.append(typed)
                 ids_given |= EVENT_ID in found

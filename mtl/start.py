@@ -17,6 +17,7 @@ from mtl.arrow import matrix
 from mtl.blocks import EventBlock
 from mtl.catalogue import Catalogue
 from mtl.earlier import Evidence
+from mtl.effects import part_of
 from mtl.errors import ConfigError
 from mtl.features import from_rows, residuals
 from mtl.forms import Form, Given
@@ -70,15 +71,15 @@ class Live:
             values[places[order]] = of_known
         return Known(np.arange(n), vectors)
 
-    def evidence(self, catalogue: Catalogue, mu: float) -> Evidence:
-        """What its training events said of all inputs of the catalogue.
+    def of_inputs(self, ids: pa.Array, mu: float) -> Evidence:
+        """What its training events said of the inputs ``ids``.
 
         Raises:
             ConfigError: its inputs are known exactly, by an oracle without residual.
         """
         form, prior = self.model.form, self.model.artefact.inputs
         rows = self.features.where(F.col(schema.N_EVENTS).isNull()).toArrow()  # arrivals have later events alone
-        places = blocks.index_of(rows[INPUT_ID], catalogue.ids)
+        places = blocks.index_of(rows[INPUT_ID], ids)
         rows, places = rows.filter(pa.array(places >= 0)), places[places >= 0]
         vectors = from_rows(rows, form.d).vectors(mu)
         try:
@@ -87,14 +88,17 @@ class Live:
             raise ConfigError(
                 "train.incremental needs a live version whose inputs have residuals (oracle.residual)"
             ) from None
-        found = Evidence.none(len(catalogue.ids), form.d)
+        found = Evidence.none(len(ids), form.d)
         found.precision[places], found.information[places] = of_rows.precision, of_rows.information
         return found
 
-    def of_users(self, catalogue: Catalogue) -> Callable[[EventBlock], EventBlock]:
-        """Gives a block what its earlier events said of its users, by this version's features."""
+    def of_users(self, ids: pa.Array) -> Callable[[EventBlock], EventBlock]:
+        """Gives a block, which numbers the inputs as ``ids`` does, what its earlier events said of its users.
+
+        That is by this version's features, whatever they are in training.
+        """
         rows = self.features.toArrow()
-        places = blocks.index_of(catalogue.ids, rows[INPUT_ID].combine_chunks())
+        places = blocks.index_of(ids, rows[INPUT_ID].combine_chunks())
         features, model = from_rows(rows, self.model.d), self.model
 
         def with_evidence(block: EventBlock) -> EventBlock:
@@ -104,14 +108,13 @@ class Live:
                 posteriors = partial(
                     model.user_posteriors, prior_mean=np.tile(prior_mean, (users.stop - users.start, 1))
                 )
-                offsets = of.offsets(())
                 a, b, _ = settle(
                     of.weight_matrix[users],
                     of.label_matrix[users],
                     features.take(places[of.inputs]),
                     posteriors,
                     loss,
-                    offsets=None if offsets is None else offsets.at(of.entries(users)),
+                    offsets=part_of(of.offsets(()), of.entries(users)),
                 )
                 found.precision[users], found.information[users] = a / model.noise, b / model.noise
             return replace(block, earlier_precision=found.precision, earlier_information=found.information)

@@ -17,7 +17,7 @@ from mtl.arrow import lists
 from mtl.blocks import CAPPED, EARLIER, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue
 from mtl.distributed import DistributedEngine
-from mtl.effects import Effects
+from mtl.effects import Effects, part_of
 from mtl.encode import Encoder, InputEncoder
 from mtl.engine import SparkEngine
 from mtl.features import Features, feature_rows
@@ -58,6 +58,7 @@ class Trained:
         fit, catalogue = self.fit, self.catalogue
         return {
             "rows": catalogue.n_events,
+            "rows_trained": catalogue.rows_trained,
             "inputs": len(catalogue.ids),
             "k": self.form.k,
             "noise": fit.noise,
@@ -126,7 +127,7 @@ def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> It
         mean = prior.mean(block.attributes[part])
         posteriors = partial(prior.conditional, mean=mean, noise=noise)
         matrices = block.weight_matrix[part], block.label_matrix[part]
-        of_part = None if offsets is None else offsets.at(block.entries(part))
+        of_part = part_of(offsets, block.entries(part))
         a, b, users = settle(*matrices, features, posteriors, loss, offsets=of_part)
         columns = {
             schema.MODEL_VERSION: pa.array(np.full(len(b), version)),

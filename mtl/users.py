@@ -15,6 +15,7 @@ from pyspark.sql import DataFrame
 from mtl import blocks, decay, gaussian, schema
 from mtl.arrow import lists, matrix
 from mtl.contexts import columns_of, offsets_of
+from mtl.effects import part_of
 from mtl.errors import InputError
 from mtl.features import Features
 from mtl.gaussian import Array
@@ -152,15 +153,15 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
         members = np.flatnonzero(np.bincount(mine, minlength=len(users)))
         mine = np.searchsorted(members, mine) if len(members) < len(users) else mine
         pairs = mine, place[chosen], label, weight, len(members), len(inputs.ids)
-        weights, labels, rest = blocks.entries(*pairs, None if offsets is None else offsets.at(chosen))
+        weights, labels, rest = blocks.entries(*pairs, part_of(offsets, chosen))
         for first in range(0, len(members), blocks.USERS_AT_ONCE):
             part = slice(first, first + blocks.USERS_AT_ONCE)
             of = members[part] if len(members) < len(users) else part
             posteriors = partial(model.user_posteriors, prior_mean=prior_mean[of])
             before = None if now == TRAINING else (a[of], b[of])
             within = slice(weights.indptr[part.start], weights.indptr[min(part.stop, len(members))])
-            matrices, at = (weights[part], labels[part]), None if rest is None else rest.at(within)
-            a[of], b[of], known = settle(*matrices, inputs.features, posteriors, loss, before, at)
+            told = weights[part], labels[part], inputs.features
+            a[of], b[of], known = settle(*told, posteriors, loss, before, part_of(rest, within))
             w[of] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
     last = pa.array(reference, mask=reference == decay.NEVER).cast(_TIME)

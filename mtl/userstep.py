@@ -12,7 +12,7 @@ from mtl import alternation, blocks, gaussian
 from mtl.alternation import Extended, InputSums
 from mtl.blocks import EventBlock
 from mtl.earlier import Evidence
-from mtl.effects import Effects, Offsets
+from mtl.effects import Effects, Offsets, part_of
 from mtl.features import Features
 from mtl.forms import Form
 from mtl.gaussian import Array, Posterior
@@ -138,7 +138,7 @@ class UserStep:
                 if self.measured is not None:
                     fitted[entries] = means(weights[part], posteriors, features)
                 if not self.loss.is_quadratic:
-                    believed = added(beliefs(weights[part], posteriors, features), _at(offsets, entries))
+                    believed = added(beliefs(weights[part], posteriors, features), part_of(offsets, entries))
                     events = *believed, block.weights[entries], block.labels[entries]
                     constant += self._rework(events, precision[entries], information[entries])
             if self.measured is not None:
@@ -194,8 +194,11 @@ class UserStep:
         assert self.measured is not None
         effect, code = self.effects[self.measured], block.contexts[:, self.measured]
         rest = residual + precision * effect.mean[code]
-        of_values = (np.bincount(code + 1, values, len(effect.mean)) for values in (precision, rest))
-        return tuple(values[1:] for values in of_values)  # type: ignore[return-value]
+
+        def of_values(values: Array) -> Array:
+            return np.bincount(code + 1, values, len(effect.mean))[1:].astype(float)  # the first are of no value
+
+        return of_values(precision), of_values(rest)
 
     def _rework(self, events: tuple[Array, ...], precision: Array, information: Array) -> float:
         """Move the events' working values, in place; what the deviance has beside what sums of these give.
@@ -213,7 +216,7 @@ class UserStep:
         """Of the events held out, under what the users know of the others."""
         entries = held_out.entries(users)
         believed = beliefs(held_out.weight_matrix[users], posteriors, features)
-        believed = added(believed, _at(held_out.offsets(self.effects), entries))
+        believed = added(believed, part_of(held_out.offsets(self.effects), entries))
         return float(self.loss.surprise(*believed, held_out.weights[entries], held_out.labels[entries]).sum())
 
     def _started(self, block: EventBlock) -> EventBlock:
@@ -225,10 +228,6 @@ class UserStep:
         belief = self.loss.start(block.weights, block.labels, self.loss.response(h, np.zeros_like(h)))
         precision, information = self.loss.working(*belief, block.weights, block.labels)
         return replace(block, precision=precision, information=information)
-
-
-def _at(offsets: Offsets | None, entries: slice) -> Offsets | None:
-    return None if offsets is None else offsets.at(entries)
 
 
 def _copies(block: EventBlock) -> tuple[Array, Array]:

@@ -47,8 +47,8 @@ class Problem:
         parts = {name: getattr(self, name)[events] for name in ("user", "input", "label", "weight", "expected")}
         return replace(self, **parts)
 
-    def block(self, users: np.ndarray | None = None) -> EventBlock:
-        """The block of some users (all of them by default) with their attributes and events."""
+    def block(self, users: np.ndarray | None = None, role: np.ndarray | None = None) -> EventBlock:
+        """The block of some users (all of them by default) with their attributes and events, of these roles."""
         users = np.arange(len(self.user_attributes)) if users is None else users
         mine = np.isin(self.user, users)
         return build(
@@ -58,6 +58,7 @@ class Problem:
             self.weight[mine],
             user_ids(users),
             self.user_attributes[users],
+            None if role is None else role[mine],
         )
 
     def specification(self, form: int | Form, loss: str = "squared", seed: int = 0) -> Specification:

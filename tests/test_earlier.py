@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import certain, definite, gaussians, planted, user_ids
+from problems import certain, definite, gaussians, planted
 
 from mtl import alternation, gaussian
-from mtl.blocks import CAPPED, EARLIER, TRAINED, build, from_arrow, to_arrow
+from mtl.blocks import CAPPED, EARLIER, TRAINED, from_arrow, to_arrow
 from mtl.earlier import Evidence
 from mtl.engine import LocalEngine
 from mtl.features import Features
@@ -105,16 +105,7 @@ def test_inputs_end_where_training_on_all_events_ends_when_users_are_known() -> 
 def test_a_block_keeps_earlier_events_apart() -> None:
     problem = planted(2, events=90)
     role = np.random.default_rng(0).choice([TRAINED, CAPPED, EARLIER], 90)
-    users = np.arange(len(problem.user_attributes))
-    events = (
-        user_ids(problem.user),
-        problem.input,
-        problem.label,
-        problem.weight,
-        user_ids(users),
-        problem.user_attributes,
-    )
-    block = build(*events, role)
+    block = problem.block(role=role)
     alone, direct = block.of_role(EARLIER), problem.take(role == EARLIER).block()
     features = Features.of(*certain(np.random.default_rng(1).normal(size=(10, 3)))[:2], 0.0)
     sums = []

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, planted, user_ids
+from problems import Problem, planted
 from sklearn.tree import DecisionTreeRegressor
 
 from mtl import alternation, gaussian
 from mtl.basis import Oracle, OracleBasis
-from mtl.blocks import HELD_OUT, TRAINED, build, from_arrow, to_arrow
+from mtl.blocks import HELD_OUT, TRAINED, from_arrow, to_arrow
 from mtl.engine import LocalEngine
 from mtl.features import Features
 from mtl.losses import LOSSES
@@ -254,17 +254,7 @@ def test_inputs_without_events_have_their_prior_for_their_posterior() -> None:
 
 
 def with_roles(problem: Problem, role: np.ndarray) -> LocalEngine:
-    users = np.arange(len(problem.user_attributes))
-    block = build(
-        user_ids(problem.user),
-        problem.input,
-        problem.label,
-        problem.weight,
-        user_ids(users),
-        problem.user_attributes,
-        role,
-    )
-    return LocalEngine([next(from_arrow([to_arrow(block)]))], problem.specification(2))
+    return LocalEngine([next(from_arrow([to_arrow(problem.block(role=role))]))], problem.specification(2))
 
 
 @pytest.mark.parametrize("loss", ["squared", "logistic"])

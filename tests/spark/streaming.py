@@ -53,6 +53,16 @@ def append(tables: Tables, events: pd.DataFrame, files: int = 1) -> None:
     tables.append(schema.EVENTS, new.select(schema.SCHEMAS[schema.EVENTS].names))
 
 
+def vacuum(tables: Tables, table: str) -> None:
+    """Take away at once what the table no longer has."""
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    tables.spark.conf.set(check, "false")
+    try:
+        tables.spark.sql(f"VACUUM {tables.name(table)} RETAIN 0 HOURS").collect()
+    finally:
+        tables.spark.conf.unset(check)
+
+
 def state(tables: Tables) -> pd.DataFrame:
     kept = tables.read(USERS).select(USER_ID, schema.A, schema.B, schema.W, schema.N_EVENTS).toPandas()
     return kept.set_index(USER_ID).sort_index()

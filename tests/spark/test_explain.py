@@ -12,7 +12,7 @@ import pytest
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import functions as F
-from streaming import TRAINED, append, rows, settings
+from streaming import TRAINED, append, rows, settings, vacuum
 
 from mtl import models, schema
 from mtl.care import compact
@@ -94,12 +94,7 @@ def test_what_has_been_vacuumed_is_said_to_be(live: Tables, monkeypatch: pytest.
     append(live, rows(np.arange(TRAINED, 300)))
     update(live, settings())
     compact(live, schema.USERS, 1)
-    check = "spark.databricks.delta.retentionDurationCheck.enabled"
-    live.spark.conf.set(check, "false")
-    try:
-        live.spark.sql(f"VACUUM {live.name(schema.USERS)} RETAIN 0 HOURS").collect()
-    finally:
-        live.spark.conf.unset(check)
+    vacuum(live, schema.USERS)
     with pytest.raises(StateError, match="has been vacuumed"):
         explain(live, "u1", "x1", at)
     assert explain(live, "u1", "x1", datetime.now(timezone.utc))["model_version"] == 1

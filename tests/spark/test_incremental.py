@@ -7,20 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from problems import planted
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from streaming import vacuum
 
 from mtl import schema
 from mtl.audit import audit
+from mtl.blocks import EARLIER
 from mtl.config import Settings, load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.evaluate import evaluate
 from mtl.ingest import ingest_events
-from mtl.models import promote
+from mtl.models import load_model, promote
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, LABEL, USER_ID
+from mtl.start import Live
 from mtl.tables import Tables
 from mtl.update import update
 
@@ -64,6 +68,7 @@ def test_later_events_with_what_was_known_are_nearly_worth_all_events(live: Tabl
     ingest_events(live, settings(), file_of(tmp_path, np.arange(FIRST, SECOND)), {})
     update(live, settings())  # what the stream has added to the live version's users is not counted twice
     report = retrain(live, INCREMENTAL)
+    assert (report["rows"], report["rows_trained"]) == (SECOND, SECOND - FIRST)
     objective = report["objective"]
     assert max(np.diff(objective)) <= 1e-9 * abs(objective[0])
     promote(live)
@@ -73,6 +78,20 @@ def test_later_events_with_what_was_known_are_nearly_worth_all_events(live: Tabl
     whole = evaluate(live, settings(), rest)["rmse"]
     assert abs(incremental - whole) < 0.01 * whole
     assert incremental < first
+
+
+def test_what_earlier_events_said_of_users_is_what_the_version_has_of_them(live: Tables) -> None:
+    model = load_model(live)
+    features = live.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == 1)
+    first = PROBLEM.take(np.arange(FIRST))
+    block = first.block(role=np.full(FIRST, EARLIER))
+    told = Live(model, features).of_users(pa.array([str(i) for i in range(40)]))(block).earlier
+    assert told is not None
+    rows = live.read(schema.USERS).toPandas().set_index(USER_ID)
+    for i, user in enumerate(block.users.to_pylist()):
+        mine = rows.loc[user[1:]]
+        np.testing.assert_allclose(told.precision[i], np.array(mine[schema.A]) / model.noise, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(told.information[i], np.array(mine[schema.B]) / model.noise, rtol=1e-9, atol=1e-9)
 
 
 def test_what_incremental_training_cannot_do_is_refused(live: Tables, tmp_path: Path) -> None:
@@ -109,11 +128,6 @@ def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:
 def test_what_a_version_was_trained_on_has_to_be_there(live: Tables, tmp_path: Path) -> None:
     ingest_events(live, settings(), file_of(tmp_path, np.arange(FIRST, SECOND)), {})
     live.delta(schema.EVENTS).optimize().executeCompaction()
-    unsafe = "spark.databricks.delta.retentionDurationCheck.enabled"
-    live.spark.conf.set(unsafe, "false")
-    try:
-        live.spark.sql(f"VACUUM {live.name(schema.EVENTS)} RETAIN 0 HOURS").collect()
-    finally:
-        live.spark.conf.unset(unsafe)
+    vacuum(live, schema.EVENTS)
     with pytest.raises(StateError, match="version 1 was trained on have been vacuumed: train on all"):
         retrain(live, INCREMENTAL)

@@ -58,8 +58,7 @@ def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Ar
     if not mine.any():
         return pa.array([], pa.string()), np.empty((0, width))
     events, place = events.filter(pa.array(mine)), place[mine]
-    others = table.filter(pc.invert(is_event))
-    others = others.filter(pc.is_in(others[USER_ID], pc.unique(events[USER_ID])))
+    others = table.filter(pc.and_(pc.invert(is_event), pc.is_in(table[USER_ID], pc.unique(events[USER_ID]))))
     together = pa.concat_tables([events, others])
     together = together.rename_columns([STATE.get(name, name) for name in together.column_names])
     codes = together[USER_ID].combine_chunks().dictionary_encode()

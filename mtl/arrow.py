@@ -21,3 +21,17 @@ def matrix(column: pa.Array | pa.ChunkedArray, m: int) -> Array:
     """n lists of m numbers each → (n, m)."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), m)
+
+
+def fill(into: Array, place: np.ndarray, column: pa.ChunkedArray) -> None:
+    """``into[place[i]]`` = the i-th list of the column, of those that are no null and have a place, which is not negative.
+
+    Chunk by chunk: a copy of the whole column, or of a part of it, costs as much as what is done with it.
+    """
+    first = 0
+    for chunk in column.chunks:
+        of_lists = place[first : first + len(chunk)][chunk.is_valid().to_numpy(zero_copy_only=False)]
+        values = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, into.shape[1])
+        wanted = of_lists >= 0
+        into[of_lists[wanted]] = values if wanted.all() else values[wanted]
+        first += len(chunk)

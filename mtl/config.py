@@ -160,6 +160,7 @@ class UpdateSettings(_Section):
     partitions: int = Field(ge=0)
     checkpoints: str
     learn_arrivals: bool
+    rewrite_above: float = Field(ge=0, le=1)
     metrics_host: str
     metrics_port: int = Field(ge=0, le=65535)
 

@@ -101,6 +101,12 @@ def settled(rows: DataFrame) -> DataFrame:
     return rows.checkpoint() if durable else rows.localCheckpoint()
 
 
+def give_back(rows: DataFrame) -> None:
+    """Free what :func:`settled` keeps of these rows, which are not used any more; else it is kept until Java finds that out."""
+    if not is_remote(rows.sparkSession):
+        rows._jdf.queryExecution().logical().rdd().unpersist(False)
+
+
 def _build_in_arrow(shared: Any, width: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]

@@ -68,12 +68,13 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
     At most :data:`AT_MOST` of them, spread evenly over the table.
     """
     is_event = table[INPUT_ID].is_valid()
-    events, others = table.filter(is_event), table.filter(pc.invert(is_event))
-    if len(events) > AT_MOST:
-        events = events.take(np.linspace(0, len(events) - 1, AT_MOST).astype(np.int64))
-    if not len(events):
+    place = np.flatnonzero(is_event)
+    if len(place) > AT_MOST:
+        place = place[np.linspace(0, len(place) - 1, AT_MOST).astype(np.int64)]
+    if not len(place):
         return Progress.nothing(model.d)
-    others = others.filter(pc.is_in(others[USER_ID], pc.unique(events[USER_ID])))
+    events = table.take(place)
+    others = table.filter(pc.and_(pc.invert(is_event), pc.is_in(table[USER_ID], pc.unique(events[USER_ID]))))
     scored = _scored(events, others, model, inputs)
     # One user without a state stands for the average one.
     one_user = events.set_column(events.column_names.index(USER_ID), USER_ID, pa.repeat("", len(events)))

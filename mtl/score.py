@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from mtl import blocks, features, gaussian, schema
-from mtl.arrow import matrix
+from mtl.arrow import fill
 from mtl.blocks import index_of
 from mtl.contexts import columns_of, offsets_of, without_columns
 from mtl.effects import part_of
@@ -137,11 +137,8 @@ def states_of(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> t
     d = model.d
     a, b = np.zeros((n_users, gaussian.packed_length(d))), np.zeros((n_users, d))
     prior_mean = np.tile(model.prior_mean_of_unknown, (n_users, 1))
-    is_state, has_mean = (table[STATE[name]].is_valid().to_numpy() for name in (schema.A, schema.PRIOR_MEAN))
-    prior_mean[row[has_mean]] = matrix(table[STATE[schema.PRIOR_MEAN]].filter(pa.array(has_mean)), d)
-    states = table.filter(pa.array(is_state))
-    a[row[is_state]] = matrix(states[STATE[schema.A]], a.shape[1])
-    b[row[is_state]] = matrix(states[STATE[schema.B]], d)
+    for values, name in ((a, schema.A), (b, schema.B), (prior_mean, schema.PRIOR_MEAN)):
+        fill(values, row, table[STATE[name]])
     return a, b, prior_mean
 
 

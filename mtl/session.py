@@ -52,6 +52,12 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.driver.maxResultSize": "0",
         "spark.ui.showConsoleProgress": "false",
         "spark.cleaner.referenceTracking.cleanCheckpoints": "true",  # of mtl.partitions.settled
+        # A Python worker keeps its memory from batch to batch: to get it from the system anew takes as long as what is done
+        # with it.
+        "spark.executorEnv.MALLOC_MMAP_MAX_": "0",
+        "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "spark.executorEnv.MALLOC_TOP_PAD_": str(1 << 26),
+        "spark.executorEnv.ARROW_DEFAULT_MEMORY_POOL": "system",
     }
     if not is_hosted():
         if not any(jars_folder().glob("delta-spark_*.jar")) and not {"spark.jars", "spark.jars.packages"} & {
@@ -69,8 +75,10 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
                 "spark.ui.enabled": "false",
                 "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "oracle-mtl-warehouse"),
             }
+            java = ["-XX:+UseParallelGC"]  # less work in all than the default collector, which is made for short pauses
             if isinstance(_LOGGING, Path):  # inside a zip it is no file that Java could open
-                options["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}"
+                java.append(f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
+            options["spark.driver.extraJavaOptions"] = " ".join(java)
     builder = SparkSession.builder.appName(name)
     for key, value in {**options, **settings.options}.items():
         builder = builder.config(key, value)

@@ -40,10 +40,6 @@ class Stream:
         self.settings = settings
         self.model = model
         self.tables = tables.apart()
-        # The rows to merge are computed and kept by us: Delta need not make a copy of its own. Nor one task write them all,
-        # as it does to have one file a partition: files are compacted later (mtl.care).
-        self.tables.spark.conf.set("spark.databricks.delta.merge.materializeSource", "none")
-        self.tables.spark.conf.set("spark.databricks.delta.merge.repartitionBeforeWrite.enabled", "false")
         self.query: StreamingQuery | None = None
         checkpoint = Checkpoint(folder_of(tables, settings, model.version), advice(model.version))
         self._held = ExitStack()
@@ -60,7 +56,8 @@ class Stream:
         # An input without the zeros that others have would be learnt from its ones alone (mtl.zeros).
         has_zeros = isinstance(self.model.artefact.users, WithZeros)
         learn_arrivals = self.settings.update.learn_arrivals and not has_zeros
-        updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals)
+        rewrite_above = self.settings.update.rewrite_above
+        updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals, rewrite_above)
         if from_ledger:
             updater.finish_release()
             recover(self.tables, self.model, checkpoint)

@@ -10,7 +10,7 @@ from datetime import datetime
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 
 from mtl import schema
@@ -127,8 +127,16 @@ class Tables:
 
         The pair goes with the write itself, for a DataFrame of a stream's batch has a session of its own.
         """
+        self._save(table, rows.write.mode("append").option("mergeSchema", str(evolve).lower()), once)
+
+    def replace(self, table: str, rows: DataFrame, where: str, once: tuple[str, int]) -> None:
+        """Have ``rows`` in the place of those ``where``, at most once for (table, application, version)."""
+        marked = {"replaceWhere": where, "userMetadata": schema.REPLACED}
+        self._save(table, rows.write.mode("overwrite").options(**marked), once)
+
+    def _save(self, table: str, writer: DataFrameWriter, once: tuple[str, int] | None) -> None:
         self.create(table)
-        writer = rows.write.format("delta").mode("append").option("mergeSchema", str(evolve).lower())
+        writer = writer.format("delta")
         if once:
             writer = writer.option("txnAppId", once[0]).option("txnVersion", once[1])
         writer.saveAsTable(self.name(table)) if self.in_catalog else writer.save(f"{self.root}/{table}")

@@ -6,7 +6,7 @@ A micro-batch N of the query with application id *app* takes these steps, each o
 2. a ledger row: offsets, fingerprint, counts;
 3. a progress row: what the other events cost when predicted before they are known (:mod:`mtl.progress`);
 4. where there are events of inputs that came after training, a MERGE of these into `features` (:mod:`mtl.arrivals`);
-5. one MERGE of their users into `users`.
+5. their users into `users`, by one MERGE or, where they are most of them, one write of all (:mod:`mtl.upsert`).
 
 A batch that is repeated after a crash finds the steps that were committed and does the others. What it applies is
 fixed by step 1 and the batch itself: its events less those tagged N. The fingerprint in the ledger is compared on every
@@ -43,15 +43,14 @@ from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
 from mtl.parse import EVENT_COLUMNS
-from mtl.partitions import settled
+from mtl.partitions import give_back, settled
 from mtl.progress import Progress
 from mtl.schema import EVENT_ID, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.users import MEASURED, MEASURED_OF, WRITTEN, SharedInputs, prior_means, updated_users
+from mtl.upsert import BROADCAST_AT_MOST, UsersTable
+from mtl.users import MEASURED, MEASURED_OF, SharedInputs, prior_means, updated_users
 
 log = logging.getLogger("mtl")
-
-BROADCAST_AT_MOST = 4_000_000  # events, whose users' ids are some 60 bytes each in memory
 
 
 @dataclass
@@ -82,6 +81,7 @@ class Updater:
     checkpoint: Checkpoint
     partitions: int
     learn_arrivals: bool = True
+    rewrite_above: float = 0.5
     tally: Tally = field(default_factory=Tally)
     failure: Exception | None = None
 
@@ -91,7 +91,8 @@ class Updater:
         self.inputs_version: int | None = None  # the commit of inputs at the last release
         self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
         self.recent = Progress.nothing(self.model.d)  # of the last batch
-        self.users = 0  # rows of users written in this run, a user once a batch
+        self.users = UsersTable(self.tables, self.model.version, self.rewrite_above)
+        self.updated = 0  # users in this run, a user once a batch
         self.seconds: dict[str, float] = {}  # of the last batch, by phase
         self._surprises: deque[tuple[float, int]] = deque(maxlen=1000)
         self.already: Already | None = None
@@ -226,37 +227,37 @@ class Updater:
         return n
 
     def _merge(self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None) -> None:
-        """The progress row and one MERGE of the events' users, at most once each for (application, number)."""
-        version = self.model.version
+        """The progress row and the events' users, at most once each for (application, number)."""
         users = events.select(USER_ID)
+        of_all = self.users.are_most(users, n)
         if n <= BROADCAST_AT_MOST:
             users = F.broadcast(users)  # else every state is shuffled to find out which are asked for
-        states = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).join(users, USER_ID, "left_semi")
+        states = self.users.rows()
+        if not of_all:
+            states = states.join(users, USER_ID, "left_semi")
         attributes = self.tables.read(schema.USER_ATTRIBUTES)
         described = None
         if len(attributes.columns) > 1:
             described = prior_means(attributes.join(users, USER_ID, "left_semi"), self.model)
         measure = _progress_and_evidence if self.learn_arrivals else _progress
-        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, measure)
+        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, measure, of_all)
         with self._timed("compute"):
             rows = settled(rows)  # unlike a cached plan, MERGE takes it
+        try:
             measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
             of_inputs = measured[MEASURED_OF].is_valid()
             self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)
             self._learn_arrivals(measured.filter(of_inputs), application, number)
-        users = rows.where(F.col(USER_ID).isNotNull()).drop(MEASURED)
-        new = users.withColumn(MODEL_VERSION, F.lit(version).cast("long")).alias("new")
-        same = f"stored.{MODEL_VERSION} = {version} AND stored.{USER_ID} = new.{USER_ID}"
-        values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
-        with self._timed("merge"), self.tables.once(application, number):
-            merge = self.tables.delta(schema.USERS).alias("stored").merge(new, same)
-            done = merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute().first()
-        self.users += done["num_affected_rows"] if done else 0
+            with self._timed("write"):
+                write = self.users.replace if of_all else self.users.merge
+                write(rows.where(F.col(USER_ID).isNotNull()), application, number)
+        finally:
+            give_back(rows)
 
     def _record_progress(self, measured: pa.Table, n: int, application: str, number: int, offsets: str | None) -> None:
-        width = len(self.recent.pack())
-        parts = matrix(measured[MEASURED], width) if len(measured) else np.zeros((1, width))
-        self.recent = Progress.unpack(parts.sum(0))
+        *sums, users = matrix(measured[MEASURED], len(measured[MEASURED][0])).sum(0)
+        self.recent = Progress.unpack(sums)
+        self.updated += int(users)
         self._surprises.append((self.recent.standardized.sum(), int(self.recent.n.sum())))
         row = {
             MODEL_VERSION: self.model.version,
@@ -380,7 +381,9 @@ def mark_of(application: str, number: int) -> str:
 
 
 def _progress(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:
-    return [(pa.nulls(1, pa.string()), progress.measure(table, model, inputs).pack()[None, :])]
+    users = pc.count_distinct(table[USER_ID].filter(table[INPUT_ID].is_valid())).as_py()
+    sums = progress.measure(table, model, inputs).pack()
+    return [(pa.nulls(1, pa.string()), np.append(sums, users)[None, :])]
 
 
 def _progress_and_evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:

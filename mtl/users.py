@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
 from mtl import blocks, decay, gaussian, schema
-from mtl.arrow import lists, matrix
+from mtl.arrow import fill, lists
 from mtl.contexts import columns_of, offsets_of
 from mtl.effects import part_of
 from mtl.errors import InputError
@@ -60,6 +60,7 @@ def updated_users(
     inputs: SharedInputs,
     partitions: int,
     measure: Measure | None = None,
+    of_all: bool = False,
 ) -> DataFrame:
     """The users of ``events`` with these events added: one row a user, columns :data:`WRITTEN`.
 
@@ -74,15 +75,17 @@ def updated_users(
         measure: something to measure of each partition before its events are added: (a table as :func:`add_events`
             gets it, model, inputs) → pairs of n ids and numbers (n, m), which come as more rows, without a user, in the
             columns ``measured_of`` and ``measured``.
+        of_all: the rows of states without events come as well, as they are.
     """
     optional = [name for name in (TURN, OFFSET) if name in events.columns]
     time, reference = ([EVENT_TIME], [REFERENCE_TIME]) if model.half_life_days else ([], [])
+    of_states = WRITTEN if of_all else (USER_ID, *_STATE, *reference)
     rows = events.select(
         USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *optional, *columns_of(events, model.contexts)
-    ).unionByName(states.select(USER_ID, *_STATE, *reference), allowMissingColumns=True)
+    ).unionByName(states.select(*of_states), allowMissingColumns=True)
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
-    update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure)
+    update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure, of_all)
     kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
     columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [
         f"{MEASURED_OF} string",
@@ -119,23 +122,21 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     codes = table[USER_ID].combine_chunks().dictionary_encode()
     users, row = codes.dictionary, codes.indices.to_numpy()
     is_event, is_state = (table[name].is_valid().to_numpy() for name in (INPUT_ID, schema.A))
-    has_mean = table[schema.PRIOR_MEAN].is_valid().to_numpy()
 
     a = np.zeros((len(users), gaussian.packed_length(d)))
     b, n_events = np.zeros((len(users), d)), np.zeros(len(users), np.int64)
     prior_mean = np.tile(default_mean, (len(users), 1))
     reference = np.full(len(users), decay.NEVER)
-    for wanted in (has_mean & ~is_state, is_state):  # a state's own prior mean has the last word
-        prior_mean[row[wanted]] = matrix(table[schema.PRIOR_MEAN].filter(pa.array(wanted)), d)
-    if is_state.any():
-        states = table.filter(pa.array(is_state))
-        a[row[is_state]] = matrix(states[schema.A], a.shape[1])
-        b[row[is_state]] = matrix(states[schema.B], d)
-        n_events[row[is_state]] = states[schema.N_EVENTS].to_numpy()
-        if model.half_life_days:
-            reference[row[is_state]] = _micros(pc.fill_null(states[REFERENCE_TIME].cast(pa.int64()), decay.NEVER))
+    for wanted in (~is_state, is_state):  # a state's own prior mean has the last word
+        fill(prior_mean, np.where(wanted, row, -1), table[schema.PRIOR_MEAN])
+    fill(a, row, table[schema.A])
+    fill(b, row, table[schema.B])
+    n_events[row[is_state]] = table[schema.N_EVENTS].filter(pa.array(is_state)).to_numpy()
+    if model.half_life_days:
+        latest = table[REFERENCE_TIME].filter(pa.array(is_state)).cast(pa.int64())
+        reference[row[is_state]] = _micros(pc.fill_null(latest, decay.NEVER))
 
-    events = table.filter(pa.array(is_event)) if not is_event.all() else table
+    events = table.drop_columns([schema.A, schema.B, schema.PRIOR_MEAN]).filter(pa.array(is_event))
     place = blocks.index_of(events[INPUT_ID], inputs.ids)
     if (place < 0).any():
         unknown = pc.filter(events[INPUT_ID], pa.array(place < 0))[0]
@@ -186,7 +187,7 @@ def _micros(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _update_in_arrow(
-    shared: Any, measure: Measure | None
+    shared: Any, measure: Measure | None, of_all: bool
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]
@@ -195,14 +196,22 @@ def _update_in_arrow(
         model, inputs = shared.value
         table = pa.Table.from_batches(rows)
         users = add_events(table, model, inputs, model.prior_mean_of_unknown)
+        written = [users, *(_without_events(table) if of_all else ())]
         if measure is None:
-            yield users
+            yield from written
             return
         names = [*WRITTEN, MEASURED_OF, MEASURED]
         for ids, numbers in measure(table, model, inputs):
             none = [pa.nulls(len(ids), column.type) for column in users.columns]
             yield pa.record_batch([*none, ids, lists(numbers)], names)
-        none = [pa.nulls(len(users), kind) for kind in (pa.string(), pa.list_(pa.float64()))]
-        yield pa.record_batch([*users.columns, *none], names)
+        for rows in written:
+            none = [pa.nulls(len(rows), kind) for kind in (pa.string(), pa.list_(pa.float64()))]
+            yield pa.record_batch([*rows.columns, *none], names)
 
     return partition
+
+
+def _without_events(table: pa.Table) -> list[pa.RecordBatch]:
+    """The rows of states that no event is of."""
+    with_events = pc.is_in(table[USER_ID], table[USER_ID].filter(table[INPUT_ID].is_valid()))
+    return table.filter(pc.and_not(table[schema.A].is_valid(), with_events)).select(WRITTEN).to_batches()

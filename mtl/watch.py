@@ -51,7 +51,7 @@ _TOLD = {
 _COUNTED = {
     "batches": "Batches applied since the job began.",
     "applied_events": "Events applied since the job began.",
-    "updated_users": "Rows of users written since the job began, a user once a batch.",
+    "updated_users": "Users updated since the job began, a user once a batch.",
     "promotions": "Candidates that the job made live since it began.",
     "offered_rows": "Rows that were offered to ingest.",
     "quarantined_rows": "Rows that ingest refused.",
@@ -132,7 +132,7 @@ class Watch(Collector):
         told = {
             "batches": float(updater.tally.batches),
             "applied_events": float(updater.tally.applied),
-            "updated_users": float(updater.users),
+            "updated_users": float(updater.updated),
             "batch_events": float(n),
             "waiting_events": float(
                 self._now_and_then("waiting", version, _TABLES_EVERY, lambda: waiting(tables, version).count())

@@ -1,8 +1,9 @@
 """The Delta tables as the server reads them: whole snapshots, or the files that each commit added; no Spark.
 
-Commits of MERGE and append put every row that they change into files that they add, so the files of the commits since
-the last look are all that need be read; what is newer wins. A commit that only rewrites (OPTIMIZE) adds no row. Any other
-kind that touches data is told as a ``reload``; so are commits of an erasure, which take rows away by MERGE.
+Commits of MERGE and append, and those that write all users anew, put every row that they change into files that they add,
+so the files of the commits since the last look are all that need be read; what is newer wins. A commit that only rewrites
+(OPTIMIZE) adds no row. Any other kind that touches data is told as a ``reload``; so are commits of an erasure, which take
+rows away by MERGE.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
-from mtl.schema import ERASURE, MODEL_VERSION
+from mtl.schema import ERASURE, MODEL_VERSION, REPLACED
 
 # Their added files hold every row that they insert or change.
 _ADDING = {"MERGE", "WRITE", "STREAMING UPDATE", "UPDATE", "CREATE TABLE"}
@@ -141,7 +142,8 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _commit(version: int, actions: list[dict[str, Any]]) -> Commit:
     info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
-    if (info.get("userMetadata") or "").startswith(ERASURE):
+    metadata = info.get("userMetadata") or ""
+    if metadata.startswith(ERASURE):
         return Commit(version, (), reload=True)
     adds = [action["add"] for action in actions if "add" in action]
     removed = {action["remove"]["path"] for action in actions if "remove" in action}
@@ -154,12 +156,11 @@ def _commit(version: int, actions: list[dict[str, Any]]) -> Commit:
         if add["path"] not in removed
     )
     touches = bool(changing) or any(a["remove"].get("dataChange", True) for a in actions if "remove" in a)
-    known = operation in _ADDING and not _overwrites(actions)
+    known = operation in _ADDING and (metadata == REPLACED or not _overwrites(info))
     return Commit(version, files, reload=touches and not known and operation not in _WITHOUT_ROWS)
 
 
-def _overwrites(actions: list[dict[str, Any]]) -> bool:
-    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+def _overwrites(info: dict[str, Any]) -> bool:
     return (info.get("operationParameters") or {}).get("mode") == "Overwrite"
 
 

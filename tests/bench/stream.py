@@ -5,13 +5,18 @@ user, and a MERGE of as many ready-made rows into a copy of the users table. Bot
 one after the other, in one process, the floor with Delta's settings as they come. The ledger, the progressive validation
 and the arithmetic are ours on top.
 
-    python tests/bench/stream.py [--users 100000 1000000 --batches-of 20000 200000 1000000 --k 10]
+With ``--increments`` also what would be without MERGE: rows of users only appended, every reader taking the newest of each
+user, and a compaction after the batches. Its batches are the floor's with an append in the place of the MERGE.
+
+    python tests/bench/stream.py [--users 100000 1000000 --batches-of 20000 200000 1000000 --k 10 --increments]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batches-of", type=int, nargs="+", default=[20_000, 200_000, 1_000_000], metavar="EVENTS")
     parser.add_argument("--batches", type=int, default=3, help="of each size; the first is not counted")
     parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--increments", action="store_true", help="append-only rows of users as well")
     arguments = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +62,7 @@ def main() -> None:
             tables, model = prepare(spark, Path(folder) / str(n_users), n_users, arguments.k)
             stream = Stream(tables, settings, model)
             for n_events in arguments.batches_of:
-                runs.append(measure(tables, stream, n_users, n_events, arguments.batches))
+                runs.append(measure(tables, stream, n_users, n_events, arguments.batches, arguments.increments))
                 print(json.dumps(runs[-1]), file=sys.stderr)
             stream.close()
     print(json.dumps({"k": arguments.k, "inputs": INPUTS, "runs": runs}))
@@ -97,7 +103,9 @@ def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
     return rows.withColumn(MODEL_VERSION, F.lit(1).cast("long"))
 
 
-def measure(tables: Tables, stream: Stream, n_users: int, n_events: int, batches: int) -> dict:
+def measure(
+    tables: Tables, stream: Stream, n_users: int, n_events: int, batches: int, with_increments: bool = False
+) -> dict:
     """Ours: ``batches`` micro-batches of one run of the query, after one that is not counted. The floor: as many in a row."""
     spark = tables.spark
     floor = Tables(spark, str(Path(tables.root) / "floor"))
@@ -124,7 +132,7 @@ def measure(tables: Tables, stream: Stream, n_users: int, n_events: int, batches
     theirs = []
     for commit in commits:
         started = time.perf_counter()
-        shuffle(floor, tables, commit)
+        shuffle(floor.read(schema.USERS), tables, commit)
         merge(floor, spark.read.parquet(ready))
         theirs.append(time.perf_counter() - started)
     seconds, floor_seconds = (ends[-1] - ends[0]) / batches, sum(theirs[1:]) / batches
@@ -138,7 +146,33 @@ def measure(tables: Tables, stream: Stream, n_users: int, n_events: int, batches
         "events_per_second": n_events / seconds,
         "phases": phases[-1],
         "all": {"ours": np.diff(ends).tolist(), "floor": theirs[1:]},
+        **({"increments": increments(tables, commits, ready)} if with_increments else {}),
     }
+
+
+def increments(tables: Tables, commits: list[int], ready: str) -> dict:
+    """Seconds of the batches with rows of users appended, and of the compaction after all of them."""
+    appended = Tables(tables.spark, f"{tables.root}/appended")
+    appended.append(schema.USERS, Tables(tables.spark, f"{tables.root}/floor").read(schema.USERS))
+    seconds = []
+    for number, commit in enumerate(commits, 1):
+        started = time.perf_counter()
+        shuffle(newest(appended), tables, commit)
+        rows = tables.spark.read.parquet(ready).withColumn(schema.N_EVENTS, F.lit(number).cast("long"))
+        appended.append(schema.USERS, rows)
+        seconds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    newest(appended).write.format("delta").mode("overwrite").save(f"{appended.root}/{schema.USERS}")
+    compaction = time.perf_counter() - started
+    shutil.rmtree(appended.root)
+    return {"seconds": statistics.mean(seconds[1:]), "all": seconds, "compaction_seconds": compaction}
+
+
+def newest(appended: Tables) -> DataFrame:
+    """The row of every user that was appended last, which has most events."""
+    rows = appended.read(schema.USERS)
+    last = rows.groupBy(USER_ID).agg(F.max(schema.N_EVENTS).alias(schema.N_EVENTS))
+    return rows.join(last, [USER_ID, schema.N_EVENTS], "left_semi")
 
 
 def events(spark: SparkSession, n: int, n_users: int, name: str) -> DataFrame:
@@ -155,12 +189,12 @@ def events(spark: SparkSession, n: int, n_users: int, name: str) -> DataFrame:
     return uniform
 
 
-def shuffle(floor: Tables, tables: Tables, commit: int) -> None:
+def shuffle(users: DataFrame, tables: Tables, commit: int) -> None:
     """The events of a commit and the rows of their users, read and shuffled by user."""
     before = set(tables.read(schema.EVENTS, commit - 1).inputFiles())
     new = [path for path in tables.read(schema.EVENTS, commit).inputFiles() if path not in before]
-    rows = floor.spark.read.parquet(*new).select(USER_ID, schema.INPUT_ID, schema.LABEL, schema.WEIGHT)
-    stored = floor.read(schema.USERS).select(USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
+    rows = tables.spark.read.parquet(*new).select(USER_ID, schema.INPUT_ID, schema.LABEL, schema.WEIGHT)
+    stored = users.select(USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
     stored = stored.join(rows.select(USER_ID), USER_ID, "left_semi")
     partitions = tables.spark.sparkContext.defaultParallelism
     both = rows.unionByName(stored, allowMissingColumns=True)

@@ -60,6 +60,8 @@ POINTS = {
         "mtl.updater:Updater._merge:after:0",
         "mtl.updater:Updater._merge:before:2",
         "mtl.updater:Updater._merge:after:3",
+        "mtl.upsert:UsersTable.merge:after:0",
+        "mtl.upsert:UsersTable.replace:after:0",
         "mtl.updater:Updater._finish_release:before:0",
         "mtl.updater:Updater._finish_release:after:0",
         "mtl.care:compact:before:0",

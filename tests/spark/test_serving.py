@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,11 +119,19 @@ USERS_ASKED = ["u0", "u3", "u16", "u90", "nobody"]  # with events, of attributes
 INPUTS_ASKED = ["x0", "x5", "x12", "x13", "nothing"]
 
 
-def test_the_server_has_the_numbers_of_score_and_keeps_them_as_tables_change(copy: Copy) -> None:
+def test_the_server_has_the_numbers_of_score_and_keeps_them_as_tables_change(
+    copy: Copy, caplog: pytest.LogCaptureFixture
+) -> None:
     copy.refresh()
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
     append(copy.tables, rows(np.arange(TRAINED, 330)))
-    update(copy.tables, settings())
+    update(copy.tables, settings("update.rewrite_above=0"))
+    with caplog.at_level(logging.INFO):
+        copy.refresh()
+    assert "reading all of them anew" not in caplog.text
+    assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
+    append(copy.tables, rows(np.arange(330, 340)))
+    update(copy.tables, settings("update.rewrite_above=1"))
     materialize(copy.tables, load_model(copy.tables))
     described = pd.DataFrame({USER_ID: ["u91"], "age": [0.7]})
     copy.tables.append(USER_ATTRIBUTES, copy.tables.spark.createDataFrame(described))

@@ -65,7 +65,7 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
     written = sum(len(set(rows(np.arange(*part))[USER_ID])) for part in ((TRAINED, 290), (290, 330)))
     assert found['mtl_update_updated_users_total{version="1"}'] == written
     assert found["mtl_update_failed_looks_total"] == 0
-    assert found['mtl_update_batch_seconds{phase="merge",version="1"}'] > 0
+    assert found['mtl_update_batch_seconds{phase="write",version="1"}'] > 0
     assert found['mtl_update_live{version="1"}'] == 1
     # The weights' distance by its formula.
     users = live.read(schema.USERS).where(F.col(schema.N_EVENTS) > 0).toPandas()

@@ -28,6 +28,7 @@ from streaming import (
 from mtl import schema
 from mtl.arrow import matrix
 from mtl.audit import audit
+from mtl.config import Settings
 from mtl.errors import StateError
 from mtl.ingest import ingest_files
 from mtl.lock import exclusive
@@ -37,6 +38,9 @@ from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITIN
 from mtl.stream import folder_of
 from mtl.tables import Tables
 from mtl.update import update
+from mtl.upsert import UsersTable
+
+ALL_ANEW, MERGED = settings("update.rewrite_above=0"), settings("update.rewrite_above=1")
 
 
 def test_streaming_in_any_batching_and_order_equals_a_from_scratch_pass(live: Tables, tmp_path: Path) -> None:
@@ -69,30 +73,32 @@ def test_nothing_to_do_before_the_first_new_event(live: Tables) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "before"),
+    ("step", "before", "how"),
     [
-        ("_merge", False),
-        pytest.param("_set_aside", False, marks=pytest.mark.long),
-        pytest.param("_write_ledger", True, marks=pytest.mark.long),
-        pytest.param("_merge", True, marks=pytest.mark.long),
+        ("_merge", False, ALL_ANEW),
+        ("_merge", False, MERGED),
+        pytest.param("_set_aside", False, MERGED, marks=pytest.mark.long),
+        pytest.param("_write_ledger", True, MERGED, marks=pytest.mark.long),
+        pytest.param("_merge", True, ALL_ANEW, marks=pytest.mark.long),
     ],
 )
 def test_a_death_at_any_step_loses_and_doubles_nothing(
-    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
+    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str, before: bool, how: Settings
 ) -> None:
     rest = np.arange(TRAINED, 330)
     append(live, pd.concat([rows(rest), rows(rest[:5], inputs="unheard")]))
     with dying(monkeypatch, step, before):
-        update(live, settings())
-    result = update(live, settings())
+        update(live, how)
+    result = update(live, how)
     assert (result["applied"], result["waited"]) == (len(rest), 5)
     assert live.read(WAITING).count() == 5
     assert broken(live) == []
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("how", [ALL_ANEW, MERGED])
 def test_without_the_transaction_guard_the_audit_sees_doubled_events(
-    live: Tables, monkeypatch: pytest.MonkeyPatch
+    live: Tables, monkeypatch: pytest.MonkeyPatch, how: Settings
 ) -> None:
     append(live, rows(np.arange(TRAINED, 300)))
 
@@ -100,11 +106,37 @@ def test_without_the_transaction_guard_the_audit_sees_doubled_events(
     def unguarded(self: Tables, application: str, version: int) -> Iterator[None]:
         yield
 
+    save = Tables._save
     monkeypatch.setattr(Tables, "once", unguarded)
+    monkeypatch.setattr(Tables, "_save", lambda self, table, writer, once: save(self, table, writer, None))
     with dying(monkeypatch, "_merge", before=False):
-        update(live, settings())
-    update(live, settings())
+        update(live, how)
+    update(live, how)
     assert "users_equal_scratch" in broken(live)
+
+
+def test_users_without_events_are_kept_to_the_last_bit_where_all_are_written_anew(live: Tables) -> None:
+    before = state(live)
+    touched = rows(np.arange(TRAINED, 310)).query("user_id != 'u3'")
+    others = before.index.difference(touched[USER_ID])
+    assert 0 < len(others) < len(before) / 2
+    append(live, touched)
+    append(live, rows(np.arange(310, 312), users="new"))
+    update(live, ONE_FILE_A_BATCH)
+    after = state(live)
+    for name in (schema.A, schema.B, schema.W, schema.N_EVENTS):
+        assert (np.stack(after.loc[others, name]) == np.stack(before.loc[others, name])).all()
+    operations = live.delta(USERS).history(2).select("operation").toPandas()["operation"].tolist()
+    assert operations == ["MERGE", "WRITE"]  # the last first
+    assert broken(live) == []
+
+
+def test_fewer_users_never_replace_more(live: Tables) -> None:
+    users = UsersTable(live.apart(), 1, 0.5)
+    some = users.rows().limit(3)
+    with pytest.raises(StateError, match="3 users of model version 1 were to replace"):
+        users.replace(some, "test", 0)
+    assert users.rows().count() == users.n > 3
 
 
 def test_new_users_start_from_the_prior_of_their_attributes(live: Tables) -> None:

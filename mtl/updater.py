@@ -134,11 +134,12 @@ class Updater:
         application, offsets = self.application, self.checkpoint.offsets(number)
         if self.already and self.checkpoint.begins_by(number, self.already.commit):
             batch = batch.join(self.already.events, EVENT_ID, "left_anti")
-        totals = (
-            batch.groupBy(INPUT_ID)
-            .agg(F.count(EVENT_ID).alias("n"), F.bit_xor(F.xxhash64(EVENT_ID)).alias("hash"))
-            .toArrow()
-        )
+        with self._timed("read"):
+            totals = (
+                batch.groupBy(INPUT_ID)
+                .agg(F.count(EVENT_ID).alias("n"), F.bit_xor(F.xxhash64(EVENT_ID)).alias("hash"))
+                .toArrow()
+            )
         n = sum(totals["n"].to_pylist())
         fingerprint = f"{n}:{np.bitwise_xor.reduce(totals['hash'].to_numpy())}"
         planned = self._row(schema.LEDGER, application, number) if self._may_repeat(application) else None
@@ -244,10 +245,11 @@ class Updater:
         with self._timed("compute"):
             rows = settled(rows)  # unlike a cached plan, MERGE takes it
         try:
-            measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
-            of_inputs = measured[MEASURED_OF].is_valid()
-            self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)
-            self._learn_arrivals(measured.filter(of_inputs), application, number)
+            with self._timed("record"):
+                measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
+                of_inputs = measured[MEASURED_OF].is_valid()
+                self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)
+                self._learn_arrivals(measured.filter(of_inputs), application, number)
             with self._timed("write"):
                 write = self.users.replace if of_all else self.users.merge
                 write(rows.where(F.col(USER_ID).isNotNull()), application, number)

@@ -2,7 +2,7 @@
 
 A MERGE joins the new rows with those that are stored, once to find the files, once to write and once to mark what is
 replaced, so it costs by the users that there are as well as by those that change. Where most of them change, writing all is
-cheaper, and leaves no replaced rows behind for later reads to skip.
+no dearer, and leaves no replaced rows behind for later reads to skip.
 """
 
 from __future__ import annotations

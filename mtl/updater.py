@@ -80,8 +80,8 @@ class Updater:
     model: Model
     checkpoint: Checkpoint
     partitions: int
-    learn_arrivals: bool = True
-    rewrite_above: float = 0.5
+    learn_arrivals: bool
+    rewrite_above: float  # see UsersTable
     tally: Tally = field(default_factory=Tally)
     failure: Exception | None = None
 
@@ -156,7 +156,7 @@ class Updater:
             self._write_ledger(application, number, counts, offsets, fingerprint)
         if n > waited:
             ready = batch.join(F.broadcast(aside), EVENT_ID, "left_anti") if waited else batch
-            self._merge(ready, n - waited, application, number, offsets)
+            self._add_to_users(ready, n - waited, application, number, offsets)
         return n - waited, waited
 
     def _compare(self, planned: Row, fingerprint: str, offsets: str) -> None:
@@ -217,7 +217,7 @@ class Updater:
         try:
             n = events.count()
             self._know(_distinct_inputs(events))
-            self._merge(events, n, self.release_application, number)
+            self._add_to_users(events, n, self.release_application, number)
         finally:
             events.unpersist()
         counts = {schema.OFFERED: 0, schema.ACCEPTED: n, schema.RELEASED: n}
@@ -227,7 +227,9 @@ class Updater:
         log.info("update: released %d waiting events", n)
         return n
 
-    def _merge(self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None) -> None:
+    def _add_to_users(
+        self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None
+    ) -> None:
         """The progress row and the events' users, at most once each for (application, number)."""
         users = events.select(USER_ID)
         of_all = self.users.are_most(users, n)
@@ -385,7 +387,7 @@ def mark_of(application: str, number: int) -> str:
 def _progress(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:
     users = pc.count_distinct(table[USER_ID].filter(table[INPUT_ID].is_valid())).as_py()
     sums = progress.measure(table, model, inputs).pack()
-    return [(pa.nulls(1, pa.string()), np.append(sums, users)[None, :])]
+    return [(pa.nulls(1, pa.string()), np.append(sums, users)[None, :])]  # as Updater._record_progress takes them apart
 
 
 def _progress_and_evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> list[tuple[pa.Array, np.ndarray]]:

@@ -57,9 +57,9 @@ POINTS = {
         "mtl.updater:Updater._write_ledger:after:2",
         "mtl.updater:Updater._record_progress:before:1",
         "mtl.updater:Updater._record_progress:after:0",
-        "mtl.updater:Updater._merge:after:0",
-        "mtl.updater:Updater._merge:before:2",
-        "mtl.updater:Updater._merge:after:3",
+        "mtl.updater:Updater._add_to_users:after:0",
+        "mtl.updater:Updater._add_to_users:before:2",
+        "mtl.updater:Updater._add_to_users:after:3",
         "mtl.upsert:UsersTable.merge:after:0",
         "mtl.upsert:UsersTable.replace:after:0",
         "mtl.updater:Updater._finish_release:before:0",
@@ -250,7 +250,7 @@ def test_kill_9_at_random_moments(place: Place, chance: int) -> None:
 @pytest.mark.parametrize("torn", ["offsets", "commits", "metadata", "everything"])
 def test_a_torn_checkpoint_is_refused_and_recovered_from(place: Place, torn: str) -> None:
     place.retrain()
-    place.killed_at("mtl.updater:Updater._merge:after:1", "update", "--available-now")
+    place.killed_at("mtl.updater:Updater._add_to_users:after:1", "update", "--available-now")
     checkpoint = place.folder / "tables" / "_checkpoints" / "update-v1"
     if torn == "everything":
         shutil.rmtree(checkpoint)

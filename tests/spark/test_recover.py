@@ -37,15 +37,15 @@ def plan_more(tables: Tables) -> None:
     planned.write_text(planned.read_text().replace('"reservoirVersion":3', '"reservoirVersion":4'))
 
 
-def die_after_the_merge(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def die_after_the_write(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch 0, ten events, is in users, and its checkpoint does not know it."""
     append(tables, rows(np.arange(TRAINED, 260)))
-    with dying(monkeypatch, "_merge", before=False):
+    with dying(monkeypatch, "_add_to_users", before=False):
         update(tables, settings())
 
 
 def test_a_batch_that_changed_under_its_number_is_refused(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    die_after_the_merge(live, monkeypatch)
+    die_after_the_write(live, monkeypatch)
     applied = state(live)
     append(live, rows(np.arange(260, 280)))
     plan_more(live)
@@ -59,7 +59,7 @@ def test_without_the_comparison_of_fingerprints_the_audit_sees_lost_events(
     live: Tables,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    die_after_the_merge(live, monkeypatch)
+    die_after_the_write(live, monkeypatch)
     append(live, rows(np.arange(260, 280)))
     plan_more(live)
     monkeypatch.setattr("mtl.stream.check", lambda updater: None)
@@ -76,7 +76,7 @@ def test_without_a_look_at_the_ledger_the_audit_sees_a_batch_twice(
     live: Tables,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    die_after_the_merge(live, monkeypatch)
+    die_after_the_write(live, monkeypatch)
     monkeypatch.setattr(Updater, "_may_repeat", lambda self, application: False)
     update(live, settings())
     assert "update_adds_up" in broken(live)
@@ -107,7 +107,7 @@ def test_a_lost_checkpoint_is_refused_for_its_events_would_count_twice(live: Tab
 @pytest.mark.parametrize(
     ("step", "files"),
     [
-        ("_merge", 1),
+        ("_add_to_users", 1),
         pytest.param("_set_aside", 64, marks=pytest.mark.long),
         pytest.param(None, 1, marks=pytest.mark.long),
         pytest.param("_write_ledger", 64, marks=pytest.mark.long),
@@ -144,7 +144,7 @@ def test_without_what_a_checkpoint_had_read_the_audit_sees_doubled_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     append(live, rows(np.arange(TRAINED, 330)), files=3)
-    with dying(monkeypatch, "_merge", before=False, call=1):
+    with dying(monkeypatch, "_add_to_users", before=False, call=1):
         update(live, ONE_FILE_A_BATCH)
     shutil.rmtree(Path(folder_of(live, ONE_FILE_A_BATCH, 1), "offsets"))
     monkeypatch.setattr("mtl.stream.already_applied", lambda updater: None)
@@ -171,7 +171,7 @@ def test_after_a_recovery_within_a_commit_nothing_is_read_again_once_the_stream_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     append(live, rows(np.arange(TRAINED, 330)), files=3)
-    with dying(monkeypatch, "_merge", before=False, call=1):
+    with dying(monkeypatch, "_add_to_users", before=False, call=1):
         update(live, ONE_FILE_A_BATCH)
     shutil.rmtree(folder_of(live, ONE_FILE_A_BATCH, 1))
     update(live, ONE_FILE_A_BATCH, from_ledger=True)

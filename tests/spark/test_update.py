@@ -75,11 +75,11 @@ def test_nothing_to_do_before_the_first_new_event(live: Tables) -> None:
 @pytest.mark.parametrize(
     ("step", "before", "how"),
     [
-        ("_merge", False, ALL_ANEW),
-        ("_merge", False, MERGED),
+        ("_add_to_users", False, ALL_ANEW),
+        ("_add_to_users", False, MERGED),
         pytest.param("_set_aside", False, MERGED, marks=pytest.mark.long),
         pytest.param("_write_ledger", True, MERGED, marks=pytest.mark.long),
-        pytest.param("_merge", True, ALL_ANEW, marks=pytest.mark.long),
+        pytest.param("_add_to_users", True, ALL_ANEW, marks=pytest.mark.long),
     ],
 )
 def test_a_death_at_any_step_loses_and_doubles_nothing(
@@ -109,7 +109,7 @@ def test_without_the_transaction_guard_the_audit_sees_doubled_events(
     save = Tables._save
     monkeypatch.setattr(Tables, "once", unguarded)
     monkeypatch.setattr(Tables, "_save", lambda self, table, writer, once: save(self, table, writer, None))
-    with dying(monkeypatch, "_merge", before=False):
+    with dying(monkeypatch, "_add_to_users", before=False):
         update(live, how)
     update(live, how)
     assert "users_equal_scratch" in broken(live)
@@ -192,7 +192,7 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
     ("step", "before"),
     [
         (None, False),
-        pytest.param("_merge", False, marks=pytest.mark.long),
+        pytest.param("_add_to_users", False, marks=pytest.mark.long),
         pytest.param("_finish_release", True, marks=pytest.mark.long),
     ],
 )

@@ -130,9 +130,7 @@ def _record(
     tables: Tables, batch: Batch, once: tuple[str, int], report: IngestReport, values: dict[str, object]
 ) -> None:
     row = {QUERY: INGEST, APPLICATION_ID: batch.application, BATCH_ID: batch.number, **counts(report), **values}
-    row[CREATED_AT] = datetime.now(timezone.utc)
-    rows = tables.spark.createDataFrame([tuple(map(row.get, SCHEMAS[LEDGER].names))], SCHEMAS[LEDGER])
-    persistently(lambda: tables.append(LEDGER, rows, once=once))
+    persistently(lambda: tables.append_rows(LEDGER, [row], once=once))
 
 
 def open_batches(tables: Tables, application: str) -> list[Batch]:

@@ -161,6 +161,7 @@ class UpdateSettings(_Section):
     checkpoints: str
     learn_arrivals: bool
     rewrite_above: float = Field(ge=0, le=1)
+    keep_mb: int = Field(ge=0)
     metrics_host: str
     metrics_port: int = Field(ge=0, le=65535)
 

@@ -11,6 +11,8 @@ Nothing is forgotten while a user does nothing: only news makes old events old.
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
@@ -42,6 +44,16 @@ def age(
     np.maximum.at(after, row, time)
     of_sums = _factors(after - np.where(before == NEVER, after, before), half_life_days)
     return after, of_sums, _factors(after[row] - time, half_life_days)
+
+
+def micros(column: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Timestamps as whole microseconds, nulls as :data:`NEVER`."""
+    return pc.fill_null(column.cast(pa.int64()), NEVER).to_numpy()
+
+
+def timestamps(micros: NDArray[np.int64]) -> pa.Array:
+    """The inverse of :func:`micros`."""
+    return pa.array(micros, mask=micros == NEVER).cast(pa.timestamp("us", tz="UTC"))
 
 
 def _factors(ages: NDArray[np.int64], half_life_days: float) -> Array:

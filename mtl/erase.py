@@ -187,9 +187,14 @@ def _pending(tables: Tables) -> list[Erasure]:
 
 
 def _plan(tables: Tables, erasure: Erasure) -> None:
-    now, kind = datetime.now(timezone.utc), schema.SCHEMAS[schema.ERASURES]
-    row = (erasure.id, schema.PLANNED, erasure.key, list(erasure.ids), erasure.corrections, None, now, None)
-    tables.append(schema.ERASURES, tables.spark.createDataFrame([row], kind), once=(erasure.application, 0))
+    row = {
+        schema.ERASURE_ID: erasure.id,
+        schema.STATE: schema.PLANNED,
+        schema.KEY: erasure.key,
+        schema.IDS: list(erasure.ids),
+        schema.CORRECTIONS: erasure.corrections,
+    }
+    tables.append_rows(schema.ERASURES, [row], once=(erasure.application, 0))
 
 
 def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, Any]:
@@ -278,11 +283,9 @@ def _account(tables: Tables, erasure: Erasure, events: DataFrame, refused: DataF
 
 
 def _record(tables: Tables, erasure: Erasure, rows: list[dict[str, Any]], application: str = "") -> None:
-    now, names = datetime.now(timezone.utc), schema.SCHEMAS[schema.LEDGER]
-    common = {schema.QUERY: ERASE, schema.SOURCE: erasure.id, schema.STATE: schema.DONE, schema.CREATED_AT: now}
-    values = [tuple(map({**common, **row}.get, names.names)) for row in rows]
-    frame = tables.spark.createDataFrame(values, names)
-    tables.append(schema.LEDGER, frame, once=(application or erasure.application, 0))
+    common = {schema.QUERY: ERASE, schema.SOURCE: erasure.id, schema.STATE: schema.DONE}
+    once = (application or erasure.application, 0)
+    tables.append_rows(schema.LEDGER, [{**common, **row} for row in rows], once=once)
 
 
 def _recompute(tables: Tables, erasure: Erasure, model: Model, affected: DataFrame) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -46,12 +47,9 @@ def next_version(tables: Tables) -> int:
 
 def publish(tables: Tables, row: Mapping[str, Any]) -> None:
     """Append the row of a model (:func:`mtl.model.model_row`): from then on the version exists."""
-    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
-    promoted = F.current_timestamp() if row[schema.STATUS] == schema.LIVE else F.lit(None).cast("timestamp")
-    tables.append(
-        schema.MODELS,
-        rows.withColumn(schema.CREATED_AT, F.current_timestamp()).withColumn(schema.PROMOTED_AT, promoted),
-    )
+    now = datetime.now(timezone.utc)
+    promoted = now if row[schema.STATUS] == schema.LIVE else None
+    tables.append_rows(schema.MODELS, [{**row, schema.CREATED_AT: now, schema.PROMOTED_AT: promoted}])
 
 
 def versions(tables: Tables) -> DataFrame:
@@ -83,8 +81,7 @@ def refuse(tables: Tables, version: int) -> None:
 def request_retraining(tables: Tables, reason: str) -> None:
     """A row in models that asks for a new version; the next version that is published answers it."""
     row = {schema.STATUS: schema.REQUESTED, schema.METRICS: json.dumps({"reason": reason})}
-    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.MODELS])
-    tables.append(schema.MODELS, rows.withColumn(schema.CREATED_AT, F.current_timestamp()))
+    tables.append_rows(schema.MODELS, [row])
 
 
 def is_requested(tables: Tables) -> bool:

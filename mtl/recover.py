@@ -148,8 +148,7 @@ def _mark(tables: Tables, model: Model, place: Place) -> None:
         schema.OFFERED: 0,
         schema.ACCEPTED: 0,
     }
-    rows = tables.spark.createDataFrame([row], schema.SCHEMAS[schema.LEDGER])
-    tables.append(schema.LEDGER, rows.withColumn(schema.CREATED_AT, F.current_timestamp()), once=(application, number))
+    tables.append_rows(schema.LEDGER, [row], once=(application, number))
 
 
 def _has_rows(updater: Updater) -> bool:

@@ -278,18 +278,20 @@ _LONG_MEMORY = {
     "delta.logRetentionDuration": "interval 60 days",
     "delta.deletedFileRetentionDuration": "interval 30 days",
 }
+# A checkpoint of the log takes longer than the commit that writes it, and an append needs none.
+_APPENDED = {**_LONG_MEMORY, "delta.checkpointInterval": "100"}
 _MERGED = {**_LONG_MEMORY, "delta.enableDeletionVectors": "true"}
 PROPERTIES: dict[str, dict[str, str]] = {
     # A MERGE of new events must not pass by an append that came meanwhile (mtl.intake).
-    EVENTS: {**_LONG_MEMORY, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
-    QUARANTINE: _LONG_MEMORY,
+    EVENTS: {**_APPENDED, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
+    QUARANTINE: _APPENDED,
     INPUTS: {**_MERGED, "delta.enableChangeDataFeed": "true"},
     USER_ATTRIBUTES: _MERGED,
     MODELS: _LONG_MEMORY,
     FEATURES: _MERGED,
-    USERS: _MERGED,
+    USERS: {**_MERGED, "delta.checkpointInterval": "100"},
     WAITING: _MERGED,
-    LEDGER: _LONG_MEMORY,
-    PROGRESS: _LONG_MEMORY,
+    LEDGER: _APPENDED,
+    PROGRESS: _APPENDED,
     ERASURES: {},  # its old versions hold ids: no longer than they must
 }

@@ -30,7 +30,7 @@ from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.sharing import share
 from mtl.tables import Tables
-from mtl.users import SharedInputs, prior_means
+from mtl.users import SharedInputs, fill_prior_means, prior_means
 from mtl.working import added, belief
 
 PREDICTION = "prediction"
@@ -137,8 +137,9 @@ def states_of(table: pa.Table, row: np.ndarray, n_users: int, model: Model) -> t
     d = model.d
     a, b = np.zeros((n_users, gaussian.packed_length(d))), np.zeros((n_users, d))
     prior_mean = np.tile(model.prior_mean_of_unknown, (n_users, 1))
-    for values, name in ((a, schema.A), (b, schema.B), (prior_mean, schema.PRIOR_MEAN)):
-        fill(values, row, table[STATE[name]])
+    fill(a, row, table[STATE[schema.A]])
+    fill(b, row, table[STATE[schema.B]])
+    fill_prior_means(prior_mean, row, table[STATE[schema.PRIOR_MEAN]], table[STATE[schema.A]].is_valid().to_numpy())
     return a, b, prior_mean
 
 

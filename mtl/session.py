@@ -44,6 +44,9 @@ def open_session(settings: SparkSettings, name: str) -> SparkSession:
         "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
         # VACUUM lists the smallest table in as many tasks as this, 10,000 by default, which takes two cores a minute.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(8 * settings.shuffle_partitions),
+        # Spark generates code for every plan and has Java compile it. A stream's batches have the same plans, some hundreds of
+        # pieces of code, and Spark keeps 100 of them.
+        "spark.sql.codegen.cache.maxEntries": "2000",
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",

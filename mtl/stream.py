@@ -56,8 +56,8 @@ class Stream:
         # An input without the zeros that others have would be learnt from its ones alone (mtl.zeros).
         has_zeros = isinstance(self.model.artefact.users, WithZeros)
         learn_arrivals = self.settings.update.learn_arrivals and not has_zeros
-        rewrite_above = self.settings.update.rewrite_above
-        updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals, rewrite_above)
+        rewrite_above, keep_bytes = self.settings.update.rewrite_above, self.settings.update.keep_mb << 20
+        updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals, rewrite_above, keep_bytes)
         if from_ledger:
             updater.finish_release()
             recover(self.tables, self.model, checkpoint)

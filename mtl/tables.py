@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
+from typing import Any
 
+import pyarrow as pa
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from mtl import schema
 from mtl.config import is_catalog
@@ -128,6 +131,13 @@ class Tables:
         The pair goes with the write itself, for a DataFrame of a stream's batch has a session of its own.
         """
         self._save(table, rows.write.mode("append").option("mergeSchema", str(evolve).lower()), once)
+
+    def append_rows(self, table: str, rows: Sequence[Mapping[str, Any]], once: tuple[str, int] | None = None) -> None:
+        """:meth:`append` of a few rows by column, what is left out null, with the time in ``created_at``."""
+        arrow = to_arrow_schema(schema.SCHEMAS[table], timezone="UTC")
+        timed = [{schema.CREATED_AT: datetime.now(timezone.utc), **row} for row in rows]
+        # Of an Arrow table Spark makes rows without a task in Python.
+        self.append(table, self.spark.createDataFrame(pa.Table.from_pylist(timed, arrow)), once=once)
 
     def replace(self, table: str, rows: DataFrame, where: str, once: tuple[str, int]) -> None:
         """Have ``rows`` in the place of those ``where``, at most once for (table, application, version)."""

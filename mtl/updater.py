@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import arrivals, progress, schema
+from mtl.adder import Adder
 from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.checkpoint import Checkpoint
@@ -43,12 +44,11 @@ from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
 from mtl.parse import EVENT_COLUMNS
-from mtl.partitions import give_back, settled
 from mtl.progress import Progress
 from mtl.schema import EVENT_ID, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables
-from mtl.upsert import BROADCAST_AT_MOST, UsersTable
-from mtl.users import MEASURED, MEASURED_OF, SharedInputs, prior_means, updated_users
+from mtl.upsert import UsersTable
+from mtl.users import MEASURED, MEASURED_OF, SharedInputs
 
 log = logging.getLogger("mtl")
 
@@ -82,6 +82,7 @@ class Updater:
     partitions: int
     learn_arrivals: bool
     rewrite_above: float  # see UsersTable
+    keep_bytes: int  # see Adder
     tally: Tally = field(default_factory=Tally)
     failure: Exception | None = None
 
@@ -92,6 +93,8 @@ class Updater:
         self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
         self.recent = Progress.nothing(self.model.d)  # of the last batch
         self.users = UsersTable(self.tables, self.model.version, self.rewrite_above)
+        measure = _progress_and_evidence if self.learn_arrivals else _progress
+        self.adder = Adder(self.tables, self.users, self.model, self.partitions, measure, self.keep_bytes)
         self.updated = 0  # users in this run, a user once a batch
         self.seconds: dict[str, float] = {}  # of the last batch, by phase
         self._surprises: deque[tuple[float, int]] = deque(maxlen=1000)
@@ -231,32 +234,20 @@ class Updater:
         self, events: DataFrame, n: int, application: str, number: int, offsets: str | None = None
     ) -> None:
         """The progress row and the events' users, at most once each for (application, number)."""
-        users = events.select(USER_ID)
-        of_all = self.users.are_most(users, n)
-        if n <= BROADCAST_AT_MOST:
-            users = F.broadcast(users)  # else every state is shuffled to find out which are asked for
-        states = self.users.rows()
-        if not of_all:
-            states = states.join(users, USER_ID, "left_semi")
-        attributes = self.tables.read(schema.USER_ATTRIBUTES)
-        described = None
-        if len(attributes.columns) > 1:
-            described = prior_means(attributes.join(users, USER_ID, "left_semi"), self.model)
-        measure = _progress_and_evidence if self.learn_arrivals else _progress
-        rows = updated_users(events, states, described, self.model, self.inputs, self.partitions, measure, of_all)
-        with self._timed("compute"):
-            rows = settled(rows)  # unlike a cached plan, MERGE takes it
-        try:
+        of_all = self.users.are_most(events.select(USER_ID), n)
+        with ExitStack() as held:
+            with self._timed("compute"):
+                added = self.adder.added(events, n, self.inputs, of_all, self._may_repeat(application))
+                measured, rows = held.enter_context(added)
             with self._timed("record"):
-                measured = rows.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
                 of_inputs = measured[MEASURED_OF].is_valid()
                 self._record_progress(measured.filter(pc.invert(of_inputs)), n, application, number, offsets)
                 self._learn_arrivals(measured.filter(of_inputs), application, number)
             with self._timed("write"):
-                write = self.users.replace if of_all else self.users.merge
-                write(rows.where(F.col(USER_ID).isNotNull()), application, number)
-        finally:
-            give_back(rows)
+                if of_all:
+                    self.users.replace(rows, application, number)
+                else:
+                    self.users.merge(rows, n, application, number)
 
     def _record_progress(self, measured: pa.Table, n: int, application: str, number: int, offsets: str | None) -> None:
         *sums, users = matrix(measured[MEASURED], len(measured[MEASURED][0])).sum(0)
@@ -372,8 +363,7 @@ class Updater:
         """
         if self._may_repeat(application) and self._row(table, application, number):
             return
-        rows = self.tables.spark.createDataFrame([row], schema.SCHEMAS[table])
-        self.tables.append(table, rows.withColumn(schema.CREATED_AT, F.current_timestamp()))
+        self.tables.append_rows(table, [row])
 
     def _ids(self, inputs: pa.Array) -> DataFrame:
         return self.tables.spark.createDataFrame(pa.table({INPUT_ID: inputs}))

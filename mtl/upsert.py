@@ -19,6 +19,7 @@ from mtl.schema import MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.users import WRITTEN
 
+FEW = 50_000  # rows that are better shuffled than told the ids of all users
 BROADCAST_AT_MOST = 4_000_000  # users, whose ids are some 60 bytes each in memory
 
 # Doubles that seem random: a dictionary of them makes files larger, compression 7% smaller, and either makes writing slower.
@@ -64,11 +65,15 @@ class UsersTable:
         enough = self.rewrite_above * self.n
         return n_events > enough and users.agg(F.approx_count_distinct(USER_ID)).collect()[0][0] > enough
 
-    def merge(self, rows: DataFrame, application: str, number: int) -> None:
-        """Insert the rows or put them in the place of their users', once for (application, number)."""
+    def merge(self, rows: DataFrame, at_most: int, application: str, number: int) -> None:
+        """Insert the rows or put them in the place of their users', once for (application, number).
+
+        Args:
+            at_most: how many rows there may be.
+        """
         same = f"stored.{MODEL_VERSION} = {self.version} AND stored.{USER_ID} = new.{USER_ID}"
         values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
-        with self._joining(), self.tables.once(application, number):
+        with self._joining(at_most), self.tables.once(application, number):
             merge = self.tables.delta(schema.USERS).alias("stored").merge(self._of_version(rows).alias("new"), same)
             done = merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute().first()
         self._n = self.n + (done["num_inserted_rows"] if done else 0)
@@ -93,11 +98,11 @@ class UsersTable:
         return rows.select(F.lit(self.version).cast("long").alias(MODEL_VERSION), *WRITTEN)
 
     @contextmanager
-    def _joining(self) -> Iterator[None]:
-        """Let a MERGE send the stored users' ids to the new rows, not these through a shuffle, where that fits in memory."""
+    def _joining(self, at_most: int) -> Iterator[None]:
+        """Let a MERGE of many rows send the stored users' ids to them, not these through a shuffle, where that fits in memory."""
         conf = self.tables.spark.conf
         before = conf.get(_BROADCAST)
-        if self.n <= BROADCAST_AT_MOST:
+        if at_most > FEW and self.n <= BROADCAST_AT_MOST:
             conf.set(_BROADCAST, _LARGEST_BROADCAST)
         try:
             yield

@@ -31,8 +31,6 @@ TRAINING = 0  # the turn of the events that a retraining gave the users at once
 MEASURED, MEASURED_OF = "measured", "measured_of"
 WRITTEN = (USER_ID, schema.A, schema.B, schema.W, schema.PRIOR_MEAN, schema.N_EVENTS, REFERENCE_TIME)
 
-_TIME = pa.timestamp("us", tz="UTC")
-
 
 @dataclass(frozen=True)
 class SharedInputs:
@@ -77,12 +75,8 @@ def updated_users(
             columns ``measured_of`` and ``measured``.
         of_all: the rows of states without events come as well, as they are.
     """
-    optional = [name for name in (TURN, OFFSET) if name in events.columns]
-    time, reference = ([EVENT_TIME], [REFERENCE_TIME]) if model.half_life_days else ([], [])
-    of_states = WRITTEN if of_all else (USER_ID, *_STATE, *reference)
-    rows = events.select(
-        USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *optional, *columns_of(events, model.contexts)
-    ).unionByName(states.select(*of_states), allowMissingColumns=True)
+    of_states = WRITTEN if of_all else (USER_ID, *_STATE, *([REFERENCE_TIME] if model.half_life_days else []))
+    rows = needed_of(events, model).unionByName(states.select(*of_states), allowMissingColumns=True)
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
     update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure, of_all)
@@ -94,16 +88,28 @@ def updated_users(
     return rows.repartition(partitions, USER_ID).mapInArrow(update, ", ".join(columns))
 
 
+def needed_of(events: DataFrame, model: Model) -> DataFrame:
+    """The columns of events that :func:`add_events` takes."""
+    optional = [name for name in (TURN, OFFSET) if name in events.columns]
+    time = [EVENT_TIME] if model.half_life_days else []
+    return events.select(USER_ID, INPUT_ID, LABEL, WEIGHT, *time, *optional, *columns_of(events, model.contexts))
+
+
 def prior_means(users: DataFrame, model: Model) -> DataFrame:
     """(user_id, prior_mean) of rows of the user attributes table, in Arrow batches on the workers."""
     shared = share(users.sparkSession, model)
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            means = shared.value.prior_mean_of_new(batch.drop_columns([USER_ID]).to_pandas())
-            yield pa.record_batch([batch.column(USER_ID), lists(means)], [USER_ID, schema.PRIOR_MEAN])
+            yield from prior_mean_rows(pa.Table.from_batches([batch]), shared.value).to_batches()
 
     return users.mapInArrow(partition, f"{USER_ID} string, {schema.PRIOR_MEAN} array<double>")
+
+
+def prior_mean_rows(users: pa.Table, model: Model) -> pa.Table:
+    """:func:`prior_means` of rows that are here."""
+    means = model.prior_mean_of_new(users.drop_columns([USER_ID]).to_pandas())
+    return pa.table({USER_ID: users[USER_ID], schema.PRIOR_MEAN: lists(means)})
 
 
 def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean: Array) -> pa.RecordBatch:
@@ -127,14 +133,12 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     b, n_events = np.zeros((len(users), d)), np.zeros(len(users), np.int64)
     prior_mean = np.tile(default_mean, (len(users), 1))
     reference = np.full(len(users), decay.NEVER)
-    for wanted in (~is_state, is_state):  # a state's own prior mean has the last word
-        fill(prior_mean, np.where(wanted, row, -1), table[schema.PRIOR_MEAN])
+    fill_prior_means(prior_mean, row, table[schema.PRIOR_MEAN], is_state)
     fill(a, row, table[schema.A])
     fill(b, row, table[schema.B])
     n_events[row[is_state]] = table[schema.N_EVENTS].filter(pa.array(is_state)).to_numpy()
     if model.half_life_days:
-        latest = table[REFERENCE_TIME].filter(pa.array(is_state)).cast(pa.int64())
-        reference[row[is_state]] = _micros(pc.fill_null(latest, decay.NEVER))
+        reference[row[is_state]] = decay.micros(table[REFERENCE_TIME].filter(pa.array(is_state)))
 
     events = table.drop_columns([schema.A, schema.B, schema.PRIOR_MEAN]).filter(pa.array(is_event))
     place = blocks.index_of(events[INPUT_ID], inputs.ids)
@@ -165,10 +169,16 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
             a[of], b[of], known = settle(*told, posteriors, loss, before, part_of(rest, within))
             w[of] = known.mean
     n_events += np.bincount(row[is_event], minlength=len(users))
-    last = pa.array(reference, mask=reference == decay.NEVER).cast(_TIME)
-    columns = [users, lists(a), lists(b), lists(w), lists(prior_mean), pa.array(n_events), last]
+    vectors = (lists(values) for values in (a, b, w, prior_mean))
+    columns = [users, *vectors, pa.array(n_events), decay.timestamps(reference)]
     touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)
     return pa.record_batch(columns, list(WRITTEN)).filter(touched)
+
+
+def fill_prior_means(into: Array, row: np.ndarray, column: pa.ChunkedArray, is_state: np.ndarray) -> None:
+    """:func:`mtl.arrow.fill`, but where a user has a state its own prior mean has the last word, in whatever order rows come."""
+    for wanted in (~is_state, is_state):
+        fill(into, np.where(wanted, row, -1), column)
 
 
 def _times(events: pa.Table, model: Model) -> np.ndarray:
@@ -179,11 +189,7 @@ def _times(events: pa.Table, model: Model) -> np.ndarray:
             f"an event of user {user} has no event_time, and model version {model.version} forgets by age: give it one with "
             "jobs/erase.py --correct"
         )
-    return _micros(events[EVENT_TIME].cast(pa.int64()))
-
-
-def _micros(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy()
+    return decay.micros(events[EVENT_TIME])
 
 
 def _update_in_arrow(
@@ -191,24 +197,29 @@ def _update_in_arrow(
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [batch for batch in batches if batch.num_rows]
-        if not rows:
-            return
-        model, inputs = shared.value
-        table = pa.Table.from_batches(rows)
-        users = add_events(table, model, inputs, model.prior_mean_of_unknown)
-        written = [users, *(_without_events(table) if of_all else ())]
-        if measure is None:
-            yield from written
-            return
-        names = [*WRITTEN, MEASURED_OF, MEASURED]
-        for ids, numbers in measure(table, model, inputs):
-            none = [pa.nulls(len(ids), column.type) for column in users.columns]
-            yield pa.record_batch([*none, ids, lists(numbers)], names)
-        for rows in written:
-            none = [pa.nulls(len(rows), kind) for kind in (pa.string(), pa.list_(pa.float64()))]
-            yield pa.record_batch([*rows.columns, *none], names)
+        if rows:
+            model, inputs = shared.value
+            yield from updated_rows(pa.Table.from_batches(rows), model, inputs, measure, of_all)
 
     return partition
+
+
+def updated_rows(
+    table: pa.Table, model: Model, inputs: SharedInputs, measure: Measure | None = None, of_all: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """What :func:`updated_users` gives, of a table as :func:`add_events` gets it, which holds all there is of its users."""
+    users = add_events(table, model, inputs, model.prior_mean_of_unknown)
+    written = [users, *(_without_events(table) if of_all else ())]
+    if measure is None:
+        yield from written
+        return
+    names = [*WRITTEN, MEASURED_OF, MEASURED]
+    for ids, numbers in measure(table, model, inputs):
+        none = [pa.nulls(len(ids), column.type) for column in users.columns]
+        yield pa.record_batch([*none, ids, lists(numbers)], names)
+    for rows in written:
+        none = [pa.nulls(len(rows), kind) for kind in (pa.string(), pa.list_(pa.float64()))]
+        yield pa.record_batch([*rows.columns, *none], names)
 
 
 def _without_events(table: pa.Table) -> list[pa.RecordBatch]:

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, mean_poisson_deviance
 from test_metrics import events, inputs, model_of
 
 from mtl import gaussian, progress, schema
-from mtl.arrow import matrix
+from mtl.arrow import lists, matrix
 from mtl.blocks import index_of
 from mtl.forms import Form, PartlyGiven
 from mtl.prior import Prior
@@ -45,6 +45,18 @@ def test_it_is_the_scorer_s_error_before_the_events_are_added(loss: str) -> None
     before = dict(zip(known[schema.USER_ID].to_pylist(), known[schema.N_EVENTS].to_pylist(), strict=True))
     had = np.array([before.get(user, 0) for user in second[schema.USER_ID].to_pylist()])
     np.testing.assert_array_equal(found.n, np.histogram(had, [*SEEN, np.inf])[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_has_its_own_prior_mean_wherever_its_user_s_attributes_come(first: bool) -> None:
+    model, shared = model_of("squared"), inputs()
+    whole = events(80)
+    known = add_events(whole.slice(0, 50), model, shared, model.prior_mean_of_unknown)
+    table = with_states(known, whole.slice(50))
+    elsewhere = lists(np.full((len(known), model.d), 9.0))
+    described = pa.table({schema.USER_ID: known[schema.USER_ID], schema.PRIOR_MEAN: elsewhere})
+    both = pa.concat_tables([described, table] if first else [table, described], promote_options="default")
+    np.testing.assert_array_equal(measure(both, model, shared).pack(), measure(table, model, shared).pack())
 
 
 @pytest.mark.parametrize("user_columns", [(), (0,)])

@@ -3,7 +3,7 @@
 A feeder commits the events of every second; the update job runs beside it with processing-time triggers, in the same
 session on the same cores. An event counts as visible when the batch that holds it is committed.
 
-    python tests/bench/latency.py [--rate 1000 --seconds 120 --users 100000 --conf conf/small-batches.toml]
+    python tests/bench/latency.py [--rate 1000 --seconds 180 --warm-up 90 --users 100000]
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from mtl.update import between_looks
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=int, default=1000, help="events per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=120, help="how long they come (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=30, help="seconds that are not counted (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=180, help="how long they come (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=90, help="seconds that are not counted (default: %(default)s)")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--trigger", type=float, default=1.0, help="update.trigger_seconds (default: %(default)s)")
-    parser.add_argument("--conf", action="append", default=[], help="further settings, as conf/small-batches.toml")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
-            arguments.conf,
+            [],
             [f"tables.root={folder}", f"update.trigger_seconds={arguments.trigger}", "care.compact_every_batches=0"],
         )
         spark = open_session(settings.spark, "bench latency")

@@ -26,6 +26,7 @@ from streaming import (
 )
 
 from mtl import schema
+from mtl.adder import Adder
 from mtl.arrow import matrix
 from mtl.audit import audit
 from mtl.config import Settings
@@ -128,6 +129,45 @@ def test_users_without_events_are_kept_to_the_last_bit_where_all_are_written_ane
         assert (np.stack(after.loc[others, name]) == np.stack(before.loc[others, name])).all()
     operations = live.delta(USERS).history(2).select("operation").toPandas()["operation"].tolist()
     assert operations == ["MERGE", "WRITE"]  # the last first
+    assert broken(live) == []
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("update.rewrite_above=0", marks=pytest.mark.long), "update.rewrite_above=1"]
+)
+def test_batches_added_in_the_job_are_as_spark_adds_them(
+    live: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    here = []
+    real = Adder._computed_here
+    monkeypatch.setattr(Adder, "_computed_here", lambda *arguments: here.append(1) or real(*arguments))
+    by_spark = Tables(live.spark, str(tmp_path / "spark"))
+    shutil.copytree(live.root, by_spark.root)
+    for tables in (live, by_spark):
+        first, second = np.array_split(np.arange(TRAINED, 330), 2)
+        append(tables, rows(first))
+        append(tables, rows(first[:3], users="new"))
+        append(tables, rows(second[:3]).assign(user_id=["u90", "new7", "new8"]))  # u90 has attributes
+        append(tables, rows(second[3:]))
+    update(by_spark, settings(how, "update.max_files_per_trigger=1", "update.keep_mb=0"))
+    assert len(here) == 0
+    assert update(live, settings(how, "update.max_files_per_trigger=1"))["batches"] == 4
+    assert len(here) == 3  # all but the first
+    assert_same(state(live), state(by_spark))
+    measured = [t.read(schema.PROGRESS).orderBy(schema.BATCH_ID).toPandas() for t in (live, by_spark)]
+    for name in (schema.VALIDATED, schema.LOSS, schema.SEEN_RIDGE):
+        np.testing.assert_allclose(*(np.stack(rows[name]) for rows in measured), rtol=1e-12)
+    assert broken(live) == []
+
+
+def test_what_a_death_left_unwritten_is_not_taken_for_written(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in np.array_split(np.arange(TRAINED, 330), 5):
+        append(live, rows(part))
+    for before in (True, False):
+        with dying(monkeypatch, "_add_to_users", before, call=1):
+            update(live, ONE_FILE_A_BATCH)
+    assert update(live, ONE_FILE_A_BATCH)["applied"] > 0
+    assert state(live)[schema.N_EVENTS].sum() == 330
     assert broken(live) == []
 
 

@@ -20,7 +20,7 @@ from mtl.model import Model
 from mtl.partitions import give_back, settled
 from mtl.schema import USER_ID
 from mtl.tables import Tables
-from mtl.upsert import BROADCAST_AT_MOST, FEW, UsersTable
+from mtl.upsert import BROADCAST_AT_MOST, UsersTable
 from mtl.users import (
     MEASURED,
     MEASURED_OF,
@@ -33,6 +33,8 @@ from mtl.users import (
     updated_rows,
     updated_users,
 )
+
+FEW = 50_000  # events of a batch that is added here, at most
 
 
 class Adder:
@@ -65,10 +67,10 @@ class Adder:
         Args:
             inputs: with every input of the events.
             of_all: the rows of users without events come as well.
-            repeated: the events may be in the table already, and nothing is written then.
+            repeated: an earlier run may have written the rows; these would not be what the table holds then.
         """
         few = n <= FEW and not repeated
-        # What the table holds is not known again before this batch is in it.
+        # None unless the write succeeds: after a failure nobody knows what the table holds.
         kept, self._kept = self._kept_for_few() if few else None, None
         if kept is not None:
             rows = self._computed_here(events, inputs, of_all, kept)
@@ -77,9 +79,8 @@ class Adder:
             kept.put(users)
             self._kept = kept
         else:
-            by_spark = settled(
-                self._computed_by_spark(events, n, inputs, of_all)
-            )  # unlike a cached plan, MERGE takes it
+            # Unlike a cached plan, MERGE takes what is settled.
+            by_spark = settled(self._computed_by_spark(events, n, inputs, of_all))
             try:
                 measured = by_spark.where(F.col(MEASURED).isNotNull()).select(MEASURED_OF, MEASURED).toArrow()
                 yield measured, by_spark.where(F.col(USER_ID).isNotNull()).select(*WRITTEN)
@@ -87,9 +88,15 @@ class Adder:
                 give_back(by_spark)
         self._were_few = n <= FEW
 
+    def forget(self) -> None:
+        """Give the memory back; others may write to the table now."""
+        self._kept = None
+
     def _kept_for_few(self) -> KeptUsers | None:
         """The users there are, where they fit; read when a second batch in a row can use them."""
-        if self._kept is None and self._were_few and KeptUsers.bytes_of(self.users.n, self.model.d) <= self.keep_bytes:
+        if not self._were_few or KeptUsers.bytes_of(self.users.n, self.model.d) > self.keep_bytes:
+            return None
+        if self._kept is None:
             return KeptUsers(self.users.rows().select(*WRITTEN).toArrow(), self.model.d)
         return self._kept
 

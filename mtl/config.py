@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from mtl.errors import ConfigError
 
@@ -211,6 +211,9 @@ class ServeSettings(_Section):
     explore_epsilon: float = Field(ge=0, le=1)
     explore_alpha: float = Field(ge=0, allow_inf_nan=False)
     explore_draws: int = Field(ge=1, le=10_000)
+    rivals: list[Annotated[int, Field(ge=1)]]
+    contest: Literal["thompson", "exp3", "split"]
+    contest_shares: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
     @field_validator("deadline_ms")
     @classmethod
@@ -218,6 +221,14 @@ class ServeSettings(_Section):
         if any(b >= a for a, b in pairwise(values)):
             raise ValueError("each deadline is to be shorter than the one before")
         return values
+
+    @model_validator(mode="after")
+    def _one_share_each(self) -> ServeSettings:
+        if self.contest_shares and len(self.contest_shares) != 1 + len(self.rivals):
+            raise ValueError(
+                f"contest_shares: {1 + len(self.rivals)} are wanted, of the live version and of each rival"
+            )
+        return self
 
 
 class EvaluateSettings(_Section):

@@ -44,7 +44,7 @@ class KeptUsers:
         if users is None:
             place = np.arange(len(self))
         else:
-            place = index_of(users.unique(), self._ids)
+            place = self._places(users.unique())
             place = place[place >= 0]
         columns = {
             USER_ID: self._ids.take(pa.array(place)),
@@ -57,12 +57,20 @@ class KeptUsers:
     def without(self, users: pa.Array) -> pa.Array:
         """Those of these users that have none, each once."""
         users = users.unique()
-        return users.filter(pa.array(index_of(users, self._ids) < 0))
+        return users.filter(pa.array(self._places(users) < 0))
+
+    def _places(self, users: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Where the rows of users are, each named once; −1 where they have none."""
+        # The other way round all ids would have to be hashed.
+        found = index_of(self._ids, users)
+        place = np.full(len(users), -1)
+        place[found[found >= 0]] = np.flatnonzero(found >= 0)
+        return place
 
     def put(self, rows: pa.Table) -> None:
         """Have these, one a user, in the place of those of the same users."""
         ids = rows[USER_ID]
-        place = index_of(ids, self._ids)
+        place = self._places(ids)
         new = place < 0
         place[new] = len(self) + np.arange(new.sum())
         self._ids = pa.concat_arrays([self._ids, *ids.filter(pa.array(new)).chunks])

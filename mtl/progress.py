@@ -25,7 +25,9 @@ from mtl.score import PREDICTION, STATE, STD, add_scores
 from mtl.users import SharedInputs
 
 SEEN = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # a bin of users by their number of events begins at each
-AT_MOST = 16_384  # events of a partition that are predicted: in larger batches they are an even sample
+AT_MOST = (
+    16_384  # events of a partition that are predicted, or of a batch that is added in the job; of more, an even sample
+)
 _Z90 = 1.6448536269514722  # a standard normal variable lies within ± this with probability 0.9
 
 
@@ -128,7 +130,7 @@ def _about_zero(events: pa.Table, others: pa.Table, model: Model) -> pa.Table:
         mean = matrix(others[schema.PRIOR_MEAN], model.d).copy()
         mean[:, learnt] = 0.0
         others = others.set_column(others.column_names.index(schema.PRIOR_MEAN), schema.PRIOR_MEAN, lists(mean))
-    # A later row of a user has the last word.
+    # Of a user's rows without a state the last one has the last word.
     return pa.concat_tables([pa.table(columns), others], promote_options="default")
 
 

@@ -278,20 +278,20 @@ _LONG_MEMORY = {
     "delta.logRetentionDuration": "interval 60 days",
     "delta.deletedFileRetentionDuration": "interval 30 days",
 }
-# A checkpoint of the log takes longer than the commit that writes it, and an append needs none.
-_APPENDED = {**_LONG_MEMORY, "delta.checkpointInterval": "100"}
+# Of tables with a commit every batch: a checkpoint of the log takes half as long as the batch that has to write it.
+_OFTEN_WRITTEN = {**_LONG_MEMORY, "delta.checkpointInterval": "100"}
 _MERGED = {**_LONG_MEMORY, "delta.enableDeletionVectors": "true"}
 PROPERTIES: dict[str, dict[str, str]] = {
     # A MERGE of new events must not pass by an append that came meanwhile (mtl.intake).
-    EVENTS: {**_APPENDED, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
-    QUARANTINE: _APPENDED,
+    EVENTS: {**_OFTEN_WRITTEN, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
+    QUARANTINE: _OFTEN_WRITTEN,
     INPUTS: {**_MERGED, "delta.enableChangeDataFeed": "true"},
     USER_ATTRIBUTES: _MERGED,
     MODELS: _LONG_MEMORY,
     FEATURES: _MERGED,
-    USERS: {**_MERGED, "delta.checkpointInterval": "100"},
+    USERS: {**_MERGED, **_OFTEN_WRITTEN},
     WAITING: _MERGED,
-    LEDGER: _APPENDED,
-    PROGRESS: _APPENDED,
+    LEDGER: _OFTEN_WRITTEN,
+    PROGRESS: _OFTEN_WRITTEN,
     ERASURES: {},  # its old versions hold ids: no longer than they must
 }

@@ -95,6 +95,7 @@ class Stream:
         except StreamingQueryException as error:
             raise self.updater.failure or error from error
         self.updater.release()
+        self.updater.adder.forget()
 
     def close(self) -> None:
         """Stop after the batch in hand and let others update the version."""

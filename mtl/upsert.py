@@ -19,7 +19,7 @@ from mtl.schema import MODEL_VERSION, USER_ID
 from mtl.tables import Tables
 from mtl.users import WRITTEN
 
-FEW = 50_000  # rows that are better shuffled than told the ids of all users
+SHUFFLED_AT_MOST = 50_000  # rows that are better shuffled than told the ids of all users
 BROADCAST_AT_MOST = 4_000_000  # users, whose ids are some 60 bytes each in memory
 
 # Doubles that seem random: a dictionary of them makes files larger, compression 7% smaller, and either makes writing slower.
@@ -71,18 +71,19 @@ class UsersTable:
         Args:
             at_most: how many rows there may be.
         """
+        n = self.n
         same = f"stored.{MODEL_VERSION} = {self.version} AND stored.{USER_ID} = new.{USER_ID}"
         values = {name: F.col(f"new.{name}") for name in (MODEL_VERSION, *WRITTEN)}
         with self._joining(at_most), self.tables.once(application, number):
             merge = self.tables.delta(schema.USERS).alias("stored").merge(self._of_version(rows).alias("new"), same)
             done = merge.whenMatchedUpdate(set=values).whenNotMatchedInsert(values=values).execute().first()
-        self._n = self.n + (done["num_inserted_rows"] if done else 0)
+        self._n = n + (done["num_inserted_rows"] if done else 0)
 
     def replace(self, rows: DataFrame, application: str, number: int) -> None:
         """Have these as all rows of the version, once for (application, number).
 
         Args:
-            rows: new ones of some users and the others as they are stored; of :func:`mtl.partitions.settled`.
+            rows: new ones of some users and the others as they are stored; computed already, for they are counted first.
 
         Raises:
             StateError: there are fewer rows than are stored.
@@ -102,7 +103,7 @@ class UsersTable:
         """Let a MERGE of many rows send the stored users' ids to them, not these through a shuffle, where that fits in memory."""
         conf = self.tables.spark.conf
         before = conf.get(_BROADCAST)
-        if at_most > FEW and self.n <= BROADCAST_AT_MOST:
+        if at_most > SHUFFLED_AT_MOST and self.n <= BROADCAST_AT_MOST:
             conf.set(_BROADCAST, _LARGEST_BROADCAST)
         try:
             yield

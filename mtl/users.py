@@ -108,6 +108,8 @@ def prior_means(users: DataFrame, model: Model) -> DataFrame:
 
 def prior_mean_rows(users: pa.Table, model: Model) -> pa.Table:
     """:func:`prior_means` of rows that are here."""
+    if not len(users):  # encodings need not take an empty frame
+        return pa.table({USER_ID: users[USER_ID], schema.PRIOR_MEAN: lists(np.empty((0, model.d)))})
     means = model.prior_mean_of_new(users.drop_columns([USER_ID]).to_pandas())
     return pa.table({USER_ID: users[USER_ID], schema.PRIOR_MEAN: lists(means)})
 

@@ -10,8 +10,8 @@ from mtl import gaussian
 from mtl.arrow import lists
 from mtl.decay import NEVER, timestamps
 from mtl.kept import KeptUsers
-from mtl.schema import N_EVENTS, USER_ID
-from mtl.users import WRITTEN
+from mtl.schema import N_EVENTS, PRIOR_MEAN, USER_ID
+from mtl.users import WRITTEN, prior_mean_rows
 
 D = 3
 
@@ -45,6 +45,18 @@ def test_the_last_row_of_every_user_is_found_to_the_last_bit(seed: int) -> None:
         assert set(kept.without(pa.array(asked)).to_pylist()) == set(asked) - expected.keys()
     assert by_user(kept.rows()) == expected
     assert len(kept) == len(expected) == kept.rows().num_rows
+
+
+def test_no_one_to_describe_is_nothing_to_encode() -> None:
+    class Model:
+        d = D
+
+        def prior_mean_of_new(self, rows: object) -> None:
+            raise ValueError("an empty frame")
+
+    nobody = pa.table({USER_ID: pa.array([], pa.string()), "story": pa.array([], pa.string())})
+    described = prior_mean_rows(nobody, Model())  # type: ignore[arg-type]
+    assert (described.num_rows, described.column_names) == (0, [USER_ID, PRIOR_MEAN])
 
 
 def test_no_users_at_all() -> None:

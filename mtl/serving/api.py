@@ -119,6 +119,7 @@ class ChooseAnswer(Stamp, kw_only=True, omit_defaults=True):
     user_known: bool = True
     unknown_inputs: list[str | int] = []
     incomplete_inputs: list[int] = []
+    version_propensity: float = 1.0  # the chance that the model version had to decide
 
 
 class TopRequest(About, kw_only=True, forbid_unknown_fields=True):
@@ -191,9 +192,18 @@ class PopularAnswer(Stamp, kw_only=True):
     inputs: list[PopularInput]
 
 
-class ModelsAnswer(msgspec.Struct):
+class Competitor(msgspec.Struct):
+    """A model version that decides beside others."""
+
+    model_version: int
+    n_rewards: int
+    mean_reward: float | None
+
+
+class ModelsAnswer(msgspec.Struct, omit_defaults=True):
     live: int
     models: list[dict[str, Any]]
+    competitors: list[Competitor] = []
 
 
 class HealthAnswer(msgspec.Struct):

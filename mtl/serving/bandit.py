@@ -155,7 +155,7 @@ class Rewards:
         Raises:
             InputError: the reward is not in [0, 1].
         """
-        if not 0 <= reward <= 1:
+        if not is_reward(reward):
             raise InputError(f"a reward of {reward}: one in [0, 1] is wanted, 1 the best that there is")
         of = np.zeros(versions)
         of[decision.place] = 1.0
@@ -163,6 +163,11 @@ class Rewards:
 
     def __add__(self, other: Rewards) -> Rewards:
         return Rewards(self.n + other.n, self.total + other.total, self.weighted + other.weighted)
+
+
+def is_reward(value: float) -> bool:
+    """Whether versions can be told of it."""
+    return 0 <= value <= 1
 
 
 class VersionPolicy(Protocol):

@@ -56,7 +56,13 @@ def choose(rows: Array, user: Weights, name: str, settings: ServeSettings) -> Dr
 
 
 def logged(
-    drawn: Drawn, user: str, chosen: str | Attributes, model_version: int, predicted_label: float, n: int
+    drawn: Drawn,
+    user: str,
+    chosen: str | Attributes,
+    model_version: int,
+    version_propensity: float,
+    predicted_label: float,
+    n: int,
 ) -> Choice:
     """The row of a decision among n inputs."""
     return Choice(
@@ -70,5 +76,6 @@ def logged(
         candidates=n,
         predicted_label=predicted_label,
         model_version=model_version,
+        version_propensity=version_propensity,
         event_time=datetime.now(timezone.utc).isoformat(),
     )

@@ -24,11 +24,21 @@ _LONGEST_WAIT = 10.0  # seconds between two looks at tables that cannot be read
 
 
 def keep_like_the_tables(
-    settings: ServeSettings, root: str, folder: Path, log_folder: Path, stopped: Callable[[], bool]
+    settings: ServeSettings,
+    root: str,
+    folder: Path,
+    log_folder: Path | None,
+    stopped: Callable[[], bool],
+    version: int | None = None,
 ) -> None:
-    """Refresh the store in ``folder`` until ``stopped``."""
+    """Refresh the store in ``folder`` until ``stopped``.
+
+    Args:
+        log_folder: of observations, of which old ones are cleared away; None: that is another's task.
+        version: see :class:`Refresher`.
+    """
     store, overlay = Store(folder, settings.store_gb), Overlay(folder)
-    refresher = Refresher(Source(root), store, overlay)
+    refresher = Refresher(Source(root), store, overlay, version)
     failure, failures, cleared = "", 0, time.monotonic()
     while not stopped():
         began = time.monotonic()
@@ -59,10 +69,10 @@ def keep_like_the_tables(
     overlay.close()
 
 
-def clear_old(store: Store, overlay: Overlay, log_folder: Path, seconds: float) -> int:
+def clear_old(store: Store, overlay: Overlay, log_folder: Path | None, seconds: float) -> int:
     """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments."""
     before, deleted = time.time() - seconds, 0
-    old = [path for path in sealed(log_folder) if path.stat().st_mtime < before]
+    old = [path for path in sealed(log_folder) if path.stat().st_mtime < before] if log_folder else []
     if old:
         waiting = {pending.event.event_id for pending in overlay.every().values()}
         for path in old:

@@ -122,7 +122,8 @@ class Inspection:
         view = self.service.shown()
         with self.service.store.reading() as transaction:
             models = self.service.store.model_list(transaction)
-        return _encode(api.ModelsAnswer(view.version, models))
+        contest = self.service.contest
+        return _encode(api.ModelsAnswer(view.version, models, contest.competing(view) if contest else []))
 
     def _neighbours_in(self, view: View) -> Neighbours:
         if self._neighbours is None or self._neighbours.view is not view:

@@ -60,6 +60,7 @@ class Choice(msgspec.Struct, frozen=True):
     candidates: int
     predicted_label: float
     model_version: int
+    version_propensity: float  # the chance that this version had to decide; that of the input is given it
     event_time: str
 
 

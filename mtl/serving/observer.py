@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtl.serving.contest import Record
 from mtl.serving.observations import Choice, Event, Feedback, ObservationLog, parse, recover
 from mtl.serving.overlay import Overlay
 
@@ -23,6 +25,8 @@ class Observer:
         feedback: of the log of rewards.
         decisions: of the log of decisions.
         segment_seconds, segment_bytes: when a segment is handed over to ingest.
+        others: observations of rivals (:mod:`mtl.serving.contest`), which get what ``overlay`` gets.
+        record: of what their decisions earn.
     """
 
     overlay: Overlay
@@ -31,6 +35,8 @@ class Observer:
     decisions: Path
     segment_seconds: float
     segment_bytes: float
+    others: Sequence[Overlay] = ()
+    record: Record | None = None
     _waiting: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]] = field(default_factory=list)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _stopped: bool = False
@@ -38,7 +44,7 @@ class Observer:
     def start(self) -> None:
         """Recover what workers that died left, then wait for observations."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = recover(self.folder, lambda lines: self.overlay.insert([(event, True) for event in parse(lines)]))
+        found = recover(self.folder, lambda lines: self._insert([(event, True) for event in parse(lines)]))
         found += sum(recover(folder, lambda lines: None) for folder in (self.feedback, self.decisions))
         if found:
             log.info("serve: recovered %d segments of the log", found)
@@ -93,13 +99,20 @@ class Observer:
         for kind, segment in ((Feedback, self._rewards), (Choice, self._choices)):
             if rows := [row for row, _, _ in group if isinstance(row, kind)]:
                 segment.append(rows)
+                if self.record is not None:
+                    self.record.add(rows)
         offered = [(row, look_up) for row, look_up, _ in group if isinstance(row, Event)]
         unknown = {row.event_id: row for row, _ in offered if not self.overlay.knows(row.event_id)}
         if unknown:
             self._events.append(list(unknown.values()))
         # A row whose id came twice at once is in the log once, and new once.
-        new = iter(self.overlay.insert(offered)) if offered else iter(())
+        new = iter(self._insert(offered)) if offered else iter(())
         return [next(new) if isinstance(row, Event) else True for row, _, _ in group]
+
+    def _insert(self, offered: list[tuple[Event, bool]]) -> list[bool]:
+        for overlay in self.others:
+            overlay.insert(offered)
+        return self.overlay.insert(offered)
 
     def _seal_old(self) -> None:
         for segment in (self._events, self._rewards, self._choices):

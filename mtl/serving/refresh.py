@@ -51,11 +51,16 @@ _ROWS_AT_ONCE = 20_000
 
 @dataclass
 class Refresher:
-    """Keeps one store; one an overlay."""
+    """Keeps one store; one an overlay.
+
+    Args:
+        version: the model version that is followed; None: the live one, whichever that is.
+    """
 
     source: Source
     store: Store
     overlay: Overlay
+    version: int | None = None
     takeover: Takeover = field(init=False)
     _model: Model | None = None
     _commits: dict[str, int] = field(default_factory=dict)  # of the cycle in hand
@@ -112,10 +117,14 @@ class Refresher:
                 f"For the new ones stop it and name another serve.store; the logs in {self.store.folder} are only there"
             )
 
-    # The live version.
+    # The version that is shown, which the store calls live.
 
     def _live_row(self, before: dict[str, int]) -> dict[str, Any] | None:
-        """The live row of the models table, if that table changed."""
+        """The row of the models table, if that table changed.
+
+        Raises:
+            StateError: there is no such version as is to be followed.
+        """
         if MODELS not in self._commits or self._commits[MODELS] == before.get(MODELS):
             return None
         columns = ", ".join(_TOLD)
@@ -125,10 +134,13 @@ class Refresher:
             for row in part.to_pylist()
         ]
         self.store.write_model_list([_portable(row) for row in rows])
-        sql = f"select * from t where {schema.STATUS} = '{schema.LIVE}'"
+        which = f"{schema.MODEL_VERSION} = {self.version}" if self.version else f"{schema.STATUS} = '{schema.LIVE}'"
+        sql = f"select * from t where {which}"
         for batch in self.source.query(MODELS, sql, self._commits[MODELS]):
             for row in batch.to_pylist():
                 return row
+        if self.version:
+            raise StateError(f"there is no model version {self.version} (serve.rivals)")
         return None
 
     def _load(self, row: dict[str, Any], before: dict[str, int]) -> None:

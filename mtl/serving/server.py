@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mtl.config import ServeSettings, Settings, is_catalog
 from mtl.errors import ConfigError, StateError
 from mtl.lock import exclusive
 from mtl.serving import metrics
+from mtl.serving.contest import Contest, Record, Rival, make_record, policy_of
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observations import read, sealed
@@ -57,6 +59,15 @@ class Folders:
     log: Path  # of observations
     feedback: Path  # the log of rewards
     decisions: Path  # the log of decisions
+
+    @property
+    def contest(self) -> Path:
+        """Where it is kept what competing versions earned."""
+        return self.store / "contest"
+
+    def rival(self, version: int) -> Path:
+        """The store of a version that competes with the live one."""
+        return self.store / "rivals" / str(version)
 
     @classmethod
     def of(cls, settings: Settings) -> Folders:
@@ -94,6 +105,7 @@ def serve(settings: Settings) -> dict[str, Any]:
         store = Store(folders.store, settings.serve.store_gb)
         open_overlay(folders.store, read(sealed(folders.log)), store.is_confirmed).close()
         store.close()
+        _prepare_contest(settings.serve, folders)
         supervisor = Supervisor(settings, folders, listener)
         supervisor.run()
     return {
@@ -121,6 +133,8 @@ class Supervisor:
         workers = self.settings.serve.workers or os.cpu_count() or 1
         work: dict[str, Callable[..., None]] = {f"worker-{i}": run_worker for i in range(workers)}
         work["refresher"] = run_refresher
+        for version in self.settings.serve.rivals:
+            work[f"refresher of version {version}"] = partial(run_refresher, version=version)
         for name in work:
             self._start(name, work[name])
         starting = {f"worker-{i}" for i in range(workers)}
@@ -191,9 +205,12 @@ async def _work(
 ) -> None:
     store, overlay = Store(folders.store, settings.store_gb, readonly=True), Overlay(folders.store)
     logs = folders.log, folders.feedback, folders.decisions
-    observer = Observer(overlay, *logs, settings.segment_seconds, settings.segment_mb * 2**20)
+    contest = _contest(settings, folders)
+    others, record = ([rival.overlay for rival in contest.rivals], contest.record) if contest else ((), None)
+    segments = settings.segment_seconds, settings.segment_mb * 2**20
+    observer = Observer(overlay, *logs, *segments, others, record)
     observer.start()
-    service = Service(store, overlay, observer, settings, rescore_of(settings))
+    service = Service(store, overlay, observer, settings, rescore_of(settings), contest)
     service.look()
     measured = metrics.Metrics(lambda: readings(service))
     config = uvicorn.Config(
@@ -247,8 +264,37 @@ async def _keep_looking(
     stop()
 
 
-def run_refresher(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
-    """Keep the store like the tables until SIGTERM, or until the supervisor is gone."""
+def _prepare_contest(settings: ServeSettings, folders: Folders) -> None:
+    """Stores and observations of the rivals, and the record of what was earned."""
+    if not settings.rivals:
+        return
+    for version in settings.rivals:
+        store = Store(folders.rival(version), settings.store_gb)
+        open_overlay(folders.rival(version), read(sealed(folders.log)), store.is_confirmed).close()
+        store.close()
+    make_record(folders.contest, folders.decisions, folders.feedback)
+
+
+def _contest(settings: ServeSettings, folders: Folders) -> Contest | None:
+    """One worker's part in it."""
+    if not settings.rivals:
+        return None
+    rivals = [
+        Rival(Store(folder, settings.store_gb, readonly=True), Overlay(folder))
+        for folder in map(folders.rival, settings.rivals)
+    ]
+    return Contest(rivals, policy_of(settings), Record(folders.contest))
+
+
+def run_refresher(
+    settings: Settings,
+    folders: Folders,
+    listener: socket.socket,
+    tell: Connection,
+    parent: int,
+    version: int | None = None,
+) -> None:
+    """Keep the store, or that of a rival, like the tables until SIGTERM, or until the supervisor is gone."""
     listener.close()
     stopped = False
 
@@ -261,9 +307,9 @@ def run_refresher(settings: Settings, folders: Folders, listener: socket.socket,
     # What reads Delta is loaded here alone: the workers start without it.
     from mtl.serving.housekeeping import keep_like_the_tables
 
-    keep_like_the_tables(
-        settings.serve, folders.root, folders.store, folders.log, lambda: stopped or os.getppid() != parent
-    )
+    folder, log_folder = (folders.rival(version), None) if version else (folders.store, folders.log)
+    is_over = lambda: stopped or os.getppid() != parent  # noqa: E731
+    keep_like_the_tables(settings.serve, folders.root, folder, log_folder, is_over, version)
 
 
 class _Server(uvicorn.Server):

@@ -20,6 +20,8 @@ from mtl.effects import of_one
 from mtl.serving import api, choices, scorer
 from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
+from mtl.serving.bandit import is_reward
+from mtl.serving.contest import Contest
 from mtl.serving.evaluator import EncodingError
 from mtl.serving.observations import Choice, Event, Feedback
 from mtl.serving.observer import Observer
@@ -71,6 +73,7 @@ class Service:
     observer: Observer
     settings: ServeSettings
     rescore: Rescore | None = None
+    contest: Contest | None = None  # None: the live version answers everything
     view: View | None = None
     checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
     staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
@@ -88,13 +91,20 @@ class Service:
 
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
-        before = self.view
-        self.view = open_view(self.store, self.overlay, self.settings, before)
-        if self.view is not None and (before is None or before.evaluator is not self.view.evaluator):
-            # A thread that nobody waits for: functions may be slow, or hang.
-            threading.Thread(target=_study, args=(self.view,), name="study", daemon=True).start()
-        self.checked_at = self.overlay.status().checked_at
+        self.view = self._seen(self.store, self.overlay, self.view)
+        overlays = [self.overlay]
+        if self.contest is not None:
+            self.contest.look(self._seen)
+            overlays += [rival.overlay for rival in self.contest.rivals if rival.view is not None]
+        self.checked_at = min(overlay.status().checked_at for overlay in overlays)
         self.staleness = round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
+
+    def _seen(self, store: Store, overlay: Overlay, before: View | None) -> View | None:
+        view = open_view(store, overlay, self.settings, before)
+        if view is not None and (before is None or before.evaluator is not view.evaluator):
+            # A thread that nobody waits for: functions may be slow, or hang.
+            threading.Thread(target=_study, args=(view,), name="study", daemon=True).start()
+        return view
 
     # Predictions.
 
@@ -117,7 +127,7 @@ class Service:
 
     def _at_once(self, request: api.PredictRequest) -> api.PredictAnswer | None:
         """The answer where all inputs have features."""
-        view, given = self.view or self.shown(), request.inputs
+        view, given = self._view_for(request), request.inputs
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
         rows = view.gather(given)
@@ -128,7 +138,7 @@ class Service:
 
     async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
         """The answer where features of some inputs are to be computed."""
-        view = self.shown()
+        view = self._view_for(request)
         user, user_known = self._weights(view, request)
         own = self._ends(request.deadline_ms)
         ends = own if ends is None else min(ends, own)
@@ -202,7 +212,7 @@ class Service:
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
-        view = self.shown()
+        view = self._view_for(request)
         user, known = self._weights(view, request)
         work = asyncio.get_running_loop().run_in_executor
         if request.candidates is not None:
@@ -254,7 +264,9 @@ class Service:
             raise Problem(422, "no_inputs", "inputs is empty: there is nothing to choose from")
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
-        view = self.shown()
+        view, version_propensity = self.shown(), 1.0
+        if self.contest is not None:
+            view, version_propensity = self.contest.draw(view, who)
         user, user_known = self._weights(view, request)
         inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self._ends(request.deadline_ms)
         try:
@@ -266,7 +278,7 @@ class Service:
             None, choices.choose, found.rows, user, policy, self.settings
         )
         score, std = (float(values[0]) for values in view.score(user, found.rows[[drawn.place]]))
-        row = choices.logged(drawn, who, inputs[drawn.place], view.version, score, len(inputs))
+        row = choices.logged(drawn, who, inputs[drawn.place], view.version, version_propensity, score, len(inputs))
         await self._log(row, "the decision")
         return _encode(
             api.ChooseAnswer(
@@ -282,6 +294,7 @@ class Service:
                 user_known=user_known,
                 unknown_inputs=_unknown(given, found.known),
                 incomplete_inputs=found.incomplete,
+                version_propensity=version_propensity,
             )
         )
 
@@ -306,9 +319,14 @@ class Service:
 
     async def feedback(self, body: bytes) -> bytes:
         request = decode(FEEDBACK, body)
+        reward = finite("reward", request.reward)
+        if self.contest is not None and not is_reward(reward):
+            raise Problem(
+                422, "bad_reward", f"reward {reward}: one in [0, 1] is wanted where versions compete (serve.rivals)"
+            )
         row = Feedback(
             identity_of("decision_id", request.decision_id),
-            finite("reward", request.reward),
+            reward,
             None if request.user is None else identity_of("user", request.user),
             None if request.input is None else identity_of("input", request.input),
             moment_of(request.event_time),
@@ -334,6 +352,11 @@ class Service:
         if self.view is None:
             raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
         return self.view
+
+    def _view_for(self, about: api.About) -> View:
+        """Of the version that answers where nothing is decided."""
+        view = self.view or self.shown()
+        return view if self.contest is None else self.contest.assigned(view, identity_of("user", about.user))
 
     def _weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
         """The user's weights, with what else is in h of the request; and whether the user is known."""

@@ -18,6 +18,7 @@ from made_up import fill
 from mtl.config import load_settings
 from mtl.effects import Effects
 from mtl.serving import metrics
+from mtl.serving.contest import Contest, Record, Rival, policy_of
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observer import Observer
@@ -79,15 +80,21 @@ def share_metrics() -> None:
 
 @contextmanager
 def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Effects = ()) -> Iterator[Client]:
-    """A client of an application over a made-up store."""
+    """A client of an application over a made-up store, and one for each of serve.rivals."""
     settings = load_settings([], list(assignments)).serve
     share_metrics()
     store, overlay = Store(folder, 1), open_overlay(folder, [])
     fill(store, USERS, INPUTS, K, loss, effects=effects)
     store.write_attributes((f"x{i}", {"year": i / 20, "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
-    observer = Observer(overlay, folder / "observations", folder / "feedback", folder / "decisions", 1000.0, 1e9)
+    rivals = [Rival(Store(at, 1), open_overlay(at, [])) for at in (folder / f"rival-{v}" for v in settings.rivals)]
+    for version, rival in zip(settings.rivals, rivals, strict=True):
+        fill(rival.store, USERS, INPUTS, K, loss, seed=version, effects=effects, version=version)
+    contest = Contest(rivals, policy_of(settings), Record(folder / "contest")) if rivals else None
+    logs = folder / "observations", folder / "feedback", folder / "decisions"
+    others, record = [rival.overlay for rival in rivals], contest.record if contest else None
+    observer = Observer(overlay, *logs, 1000.0, 1e9, others, record)
     observer.start()
-    service = Service(store, overlay, observer, settings)
+    service = Service(store, overlay, observer, settings, contest=contest)
     service.look()
     assert service.view is not None
     ends = time.monotonic() + 10

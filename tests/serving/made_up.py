@@ -34,7 +34,9 @@ def covariances(random: np.random.Generator, n: int, d: int, size: float) -> Arr
     return gaussian.pack(root @ root.transpose(0, 2, 1))
 
 
-def model_row(k: int, loss: str = "squared", seed: int = 0, effects: Effects = ()) -> dict[str, Any]:
+def model_row(
+    k: int, loss: str = "squared", seed: int = 0, effects: Effects = (), version: int = VERSION
+) -> dict[str, Any]:
     """A row of the models table: attributes `year` of inputs and `age` of users say something of them."""
     random = np.random.default_rng(seed)
     d, settings = k + 1, load_settings().encode
@@ -47,7 +49,7 @@ def model_row(k: int, loss: str = "squared", seed: int = 0, effects: Effects = (
         priors.append(Prior(gram, covariance, random.normal(size=(encoder.width, d)) * 0.3))
     artefact = Artefact(encoders[0], encoders[1], 0, 0, priors[0], priors[1], effects)
     return {
-        schema.MODEL_VERSION: VERSION,
+        schema.MODEL_VERSION: version,
         schema.STATUS: schema.LIVE,
         schema.K: k,
         schema.INPUT_COLUMNS: [],
@@ -70,20 +72,27 @@ def features(random: np.random.Generator, n: int, d: int) -> Features:
 
 
 def fill(
-    store: Store, users: int, inputs: int, k: int, loss: str = "squared", seed: int = 0, effects: Effects = ()
+    store: Store,
+    users: int,
+    inputs: int,
+    k: int,
+    loss: str = "squared",
+    seed: int = 0,
+    effects: Effects = (),
+    version: int = VERSION,
 ) -> None:
     """Users u0, u1 … and inputs x0, x1 … of random sums and features."""
     random = np.random.default_rng(seed)
     d = k + 1
-    store.write_model(VERSION, model_row(k, loss, seed, effects))
-    names = new_feature_files(VERSION)
-    live = Live(VERSION, d, store.new_generation(), *names, 0, inputs + 10, 1.0)
+    store.write_model(version, model_row(k, loss, seed, effects, version))
+    names = new_feature_files(version)
+    live = Live(version, d, store.new_generation(), *names, 0, inputs + 10, 1.0)
     for first in range(0, inputs, 10_000):
         n = min(10_000, inputs - first)
         rows = scorer.feature_rows(features(random, n, d))
         write_features(store.folder, live, first, rows, scorer.top_columns(rows, d))
         store.write_input_ids(live.generation, first, (f"x{i}" for i in range(first, first + n)))
-    store.write_users(VERSION, _users(random, users, d))
+    store.write_users(version, _users(random, users, d))
     store.write_live(replace(live, n_inputs=inputs))
 
 

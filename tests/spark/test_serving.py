@@ -18,6 +18,7 @@ from streaming import TRAINED, append, rows
 from mtl import schema
 from mtl.config import Settings, load_settings
 from mtl.erase import erase
+from mtl.errors import StateError
 from mtl.materialize import materialize
 from mtl.models import load_model, promote
 from mtl.retrain import retrain
@@ -62,10 +63,10 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pa
 class Copy:
     """A store that follows tables."""
 
-    def __init__(self, tables: Tables, folder: Path):
+    def __init__(self, tables: Tables, folder: Path, version: int | None = None):
         self.tables = tables
         self.store, self.overlay = Store(folder, 1), open_overlay(folder, [])
-        self.refresher = Refresher(Source(tables.root), self.store, self.overlay)
+        self.refresher = Refresher(Source(tables.root), self.store, self.overlay, version)
         self.view: View | None = None
 
     def refresh(self) -> View:
@@ -257,6 +258,32 @@ def test_a_switch_of_version_takes_every_observation_along_once(copy: Copy) -> N
     assert copy.overlay.n_pending() == 0
     assert {user: copy.n_events(user) for user in counts} == expected
     assert_same_as_score(copy, USERS_ASKED, INPUTS_ASKED)
+
+
+def test_a_rival_follows_its_own_version_and_counts_observations_once(copy: Copy, tmp_path: Path) -> None:
+    retrain(copy.tables, settings("train.seed=1"))  # a candidate
+    rival = Copy(copy.tables, tmp_path / "rival", version=2)
+    both = {1: copy, 2: rival}
+    assert {of.refresh().version: of for of in both.values()} == both
+    before = {version: of.n_events("u1") for version, of in both.items()}
+    observed = rows(np.arange(TRAINED, TRAINED + 3)).assign(user_id="u1")
+    for of in both.values():
+        of.observe(observed)
+    counted = {version: n + 3 for version, n in before.items()}
+    assert {version: of.n_events("u1") for version, of in both.items()} == counted
+    append(copy.tables, observed)
+    update(copy.tables, settings())  # of both versions
+    for of in both.values():
+        of.refresh()
+        assert of.overlay.n_pending() == 0
+    assert {version: of.n_events("u1") for version, of in both.items()} == counted
+    promote(copy.tables, 2)
+    assert [of.refresh().version for of in both.values()] == [2, 2]
+    rival.store.close()
+    rival.overlay.close()
+    missing = Copy(copy.tables, tmp_path / "missing", version=7)
+    with pytest.raises(StateError, match="there is no model version 7"):
+        missing.refresh()
 
 
 @pytest.mark.long

@@ -1,0 +1,192 @@
+"""Model versions that compete in one server: which of them answers, and what their decisions earned.
+
+Beside the live version there are *rivals*, each with a copy of the tables, observations and a refresher of its own: what a
+server of that version would have. An observation is put into the observations of all, and so counts once in each.
+
+Rewards are summed in one small LMDB environment that all workers share. The truth are the logs of decisions and rewards:
+from them it is made anew whenever the server starts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import lmdb
+import msgspec
+import numpy as np
+
+from mtl.config import ServeSettings
+from mtl.errors import StateError
+from mtl.serving import bandit
+from mtl.serving.api import Competitor
+from mtl.serving.bandit import FixedSplit, Rewards, VersionPolicy, is_reward
+from mtl.serving.observations import Choice, Feedback
+from mtl.serving.overlay import Overlay
+from mtl.serving.records import digest
+from mtl.serving.store import Store
+from mtl.serving.view import View
+
+_SIZE = 8 << 30  # of address space
+_TABLES = (b"decisions", b"sums")
+_AT_ONCE = 10_000  # rows of the logs a transaction
+
+
+class Standing(msgspec.Struct, array_like=True):
+    """What a version's decisions earned, of those whose reward is known."""
+
+    n: int = 0
+    total: float = 0.0  # Σ r
+    weighted: float = 0.0  # Σ r/p, p the version's propensity
+
+
+class Record:
+    """Standings of all versions, and the decisions whose reward is not known yet; every reward of a decision but the first
+    is passed over."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.environment = lmdb.open(str(folder), map_size=_SIZE, max_dbs=len(_TABLES), max_readers=512, sync=False)
+        self._decisions, self._sums = map(self.environment.open_db, _TABLES)
+
+    def close(self) -> None:
+        self.environment.close()
+
+    def add(self, rows: Sequence[Choice | Feedback]) -> None:
+        """Decisions, and rewards of decisions."""
+        with self.environment.begin(write=True) as transaction:
+            for row in rows:
+                if isinstance(row, Choice):
+                    told = msgspec.msgpack.encode((row.model_version, row.version_propensity))
+                    transaction.put(digest(row.decision_id), told, db=self._decisions)
+                else:
+                    self._reward(transaction, row)
+
+    def _reward(self, transaction: lmdb.Transaction, row: Feedback) -> None:
+        told = transaction.pop(digest(row.decision_id), db=self._decisions)
+        if told is None or not is_reward(row.reward):  # of one that is rewarded already; of before versions competed
+            return
+        version, propensity = msgspec.msgpack.decode(told, type=tuple[int, float])
+        before = self._standing(transaction, version)
+        after = Standing(before.n + 1, before.total + row.reward, before.weighted + row.reward / propensity)
+        transaction.put(_key(version), msgspec.msgpack.encode(after), db=self._sums)
+
+    def standings(self, versions: Sequence[int]) -> list[Standing]:
+        with self.environment.begin() as transaction:
+            return [self._standing(transaction, version) for version in versions]
+
+    def _standing(self, transaction: lmdb.Transaction, version: int) -> Standing:
+        value = transaction.get(_key(version), db=self._sums)
+        return Standing() if value is None else msgspec.msgpack.decode(value, type=Standing)
+
+
+def make_record(folder: Path, decisions: Path, feedback: Path) -> None:
+    """The record anew from the logs; to be called by one process, before the workers are there.
+
+    Raises:
+        StateError: a line of a log is damaged.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    record = Record(folder)
+    for log, kind in ((decisions, Choice), (feedback, Feedback)):
+        for rows in _parts(log, kind):
+            record.add(rows)
+    record.close()
+
+
+def _parts(log: Path, kind: type[Choice | Feedback]) -> Iterator[list[Choice | Feedback]]:
+    """Rows of all segments of a log, the open ones of workers that died included.
+
+    Raises:
+        StateError: a line is damaged.
+    """
+    decode, part = msgspec.json.Decoder(kind).decode, list[Choice | Feedback]()
+    for path in sorted(log.glob("*.jsonl")):
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never acknowledged
+        for number, line in enumerate(lines, 1):
+            try:
+                part.append(decode(line))
+            except msgspec.DecodeError as error:
+                raise StateError(f"{path}: line {number} is damaged ({error}): move the file elsewhere") from None
+            if len(part) == _AT_ONCE:
+                yield part
+                part = []
+    if part:
+        yield part
+
+
+@dataclass
+class Rival:
+    """One worker's sight of a version beside the live one."""
+
+    store: Store
+    overlay: Overlay
+    view: View | None = None  # None: not read from the tables yet
+
+
+class Drawn(NamedTuple):
+    """Who answers, and the chance that it had."""
+
+    view: View
+    propensity: float
+
+
+@dataclass
+class Contest:
+    """Draws the version that answers; one a worker."""
+
+    rivals: Sequence[Rival]
+    policy: VersionPolicy
+    record: Record
+
+    def look(self, seen: Callable[[Store, Overlay, View | None], View | None]) -> None:
+        """Take over what the rivals' stores show now.
+
+        Args:
+            seen: (store, observations, the view before) → the view.
+        """
+        for rival in self.rivals:
+            rival.view = seen(rival.store, rival.overlay, rival.view)
+
+    def competitors(self, live: View) -> dict[int, View]:
+        """The live version, in place 0, and the rivals that can answer, in theirs."""
+        shown = {place: rival.view for place, rival in enumerate(self.rivals, 1) if rival.view is not None}
+        return {0: live, **{place: view for place, view in shown.items() if view.version != live.version}}
+
+    def draw(self, live: View, user: str) -> Drawn:
+        """A version for a decision."""
+        competitors, policy = self.competitors(live), self.policy
+        if len(competitors) == 1:
+            return Drawn(live, 1.0)
+        if isinstance(policy, FixedSplit):
+            policy = replace(policy, shares=[policy.shares[place] for place in competitors])
+        views = list(competitors.values())
+        standings = self.record.standings([view.version for view in views])
+        sums = (np.array([getattr(one, name) for one in standings], float) for name in Standing.__struct_fields__)
+        # Generators are not safe to share between threads.
+        chosen, propensity = policy.choose(Rewards(*sums), user, np.random.default_rng())
+        return Drawn(views[chosen], propensity)
+
+    def competing(self, live: View) -> list[Competitor]:
+        """How they stand."""
+        versions = [view.version for view in self.competitors(live).values()]
+        standings = zip(versions, self.record.standings(versions), strict=True)
+        return [Competitor(version, one.n, one.total / one.n if one.n else None) for version, one in standings]
+
+    def assigned(self, live: View, user: str) -> View:
+        """The version that a user is answered by where no decision is made: its own in a split, else the live one."""
+        return self.draw(live, user).view if isinstance(self.policy, FixedSplit) else live
+
+
+def policy_of(settings: ServeSettings) -> VersionPolicy:
+    """By its name in serve.contest."""
+    if settings.contest == "split":
+        return FixedSplit(settings.contest_shares or [1.0] * (1 + len(settings.rivals)))
+    return bandit.Exp3() if settings.contest == "exp3" else bandit.ThompsonVersions()
+
+
+def _key(version: int) -> bytes:
+    return version.to_bytes(8, "big")

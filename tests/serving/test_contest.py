@@ -1,0 +1,164 @@
+"""Model versions that compete in one server: who answers, what is learnt of them, and that it is in the logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calling import USERS, Client, calling
+from made_up import fill
+from running import Server, insist
+
+from mtl.config import load_settings
+from mtl.errors import ConfigError, StateError
+from mtl.serving.contest import Record, make_record
+from mtl.serving.store import Store
+
+INPUTS = ["x1", "x2", "x3"]
+
+
+def choose(client: Client, user: str = "u1") -> dict:
+    status, answer = client.ask("POST", "/v1/choose", {"user": user, "inputs": INPUTS})
+    assert status == 200, answer
+    return answer
+
+
+def tell(client: Client, decision: dict, reward: float) -> None:
+    body = {"decision_id": decision["decision_id"], "reward": reward}
+    assert client.ask("POST", "/v1/feedback", body)[0] == 200
+
+
+def rows_of(folder: Path) -> Iterator[dict]:
+    for path in folder.glob("*.jsonl"):
+        yield from map(json.loads, path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("policy", ["thompson", "exp3"])
+def test_the_better_version_is_found_by_its_rewards(tmp_path: Path, policy: str) -> None:
+    chances, random = {1: 0.2, 2: 0.9, 3: 0.3}, np.random.default_rng(0)
+    earned: dict[int, list[float]] = {version: [] for version in chances}
+    with calling(tmp_path, "serve.rivals=[2, 3]", f"serve.contest={policy}") as client:
+        answers = []
+        for i in range(900):
+            answers.append(choose(client, f"u{i % USERS}"))
+            version = answers[-1]["model_version"]
+            reward = float(random.random() < chances[version])
+            earned[version].append(reward)
+            tell(client, answers[-1], reward)
+            if i % 100 == 0:  # a client that heard no answer tells it again
+                tell(client, answers[-1], reward)
+        competitors = client.ask("GET", "/v1/models")[1]["competitors"]
+    last = Counter(answer["model_version"] for answer in answers[-200:])
+    assert last[2] > (160 if policy == "thompson" else 100)
+    assert {one["model_version"]: one["n_rewards"] for one in competitors} == {v: len(r) for v, r in earned.items()}
+    for one in competitors:
+        assert one["mean_reward"] == pytest.approx(np.mean(earned[one["model_version"]]))
+    logged = {row["decision_id"]: row for row in rows_of(tmp_path / "decisions")}
+    for answer in answers:
+        row = logged[answer["decision_id"]]
+        assert row["model_version"] == answer["model_version"]
+        assert row["version_propensity"] == answer.get("version_propensity", 1.0)
+
+
+def test_in_a_split_a_user_has_one_version_in_every_answer(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.rivals=[2]", "serve.contest=split", "serve.contest_shares=[1, 3]") as client:
+        found, body = Counter[int](), {"inputs": INPUTS}
+        for i in range(USERS):
+            user = f"u{i}"
+            predicted = client.ask("POST", "/v1/predict", {"user": user, **body})[1]
+            by_attributes = client.ask("POST", "/v1/predict", {"user": user, "inputs": [{"year": 0.1}]})[1]
+            top = client.ask("POST", "/v1/top", {"user": user, "k": 3})[1]
+            chosen = choose(client, user)
+            version = predicted["model_version"]
+            assert {by_attributes["model_version"], top["model_version"], chosen["model_version"]} == {version}
+            assert chosen["version_propensity"] == (0.25 if version == 1 else 0.75)
+            found[version] += 1
+            view = client.service.view if version == 1 else client.service.contest.rivals[0].view
+            scores, _ = view.score(view.weights_of(user), view.gather(INPUTS))
+            np.testing.assert_array_equal([one["score"] for one in predicted["scores"]], scores)
+        assert 0 < found[1] < found[2]
+
+
+def test_a_version_that_cannot_answer_yet_is_not_drawn(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.rivals=[2]", "serve.contest=split", "serve.contest_shares=[1, 99]") as client:
+        rival = client.service.contest.rivals[0]
+        shown, rival.view = rival.view, None
+        answers = [choose(client, f"u{i}") for i in range(10)]
+        assert {(a["model_version"], a.get("version_propensity", 1.0)) for a in answers} == {(1, 1.0)}
+        rival.view = shown
+        assert 2 in {choose(client, f"u{i}")["model_version"] for i in range(10)}
+
+
+def test_an_observation_counts_once_in_every_version(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        views = [client.service.view, client.service.contest.rivals[0].view]
+        before = [view.weights_of("u1").n_events for view in views]
+        event = {"user": "u1", "input": "x1", "label": 4.0, "event_id": "once"}
+        for duplicate in (False, True):
+            assert client.ask("POST", "/v1/observe", event)[1]["duplicate"] is duplicate
+        assert [view.weights_of("u1").n_events for view in views] == [n + 1 for n in before]
+
+
+def test_a_reward_that_is_none_is_refused(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        body = {"decision_id": choose(client)["decision_id"], "reward": 1.5}
+        status, answer = client.ask("POST", "/v1/feedback", body)
+        assert (status, answer["error"]) == (422, "bad_reward")
+
+
+def test_the_record_is_what_the_logs_say(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        for i in range(60):
+            decision = choose(client)
+            for _ in range(i % 3):  # none, one, and one that is told twice
+                tell(client, decision, round(float(random.random()), 3))
+            if i == 30:
+                client.service.observer._choices.seal()
+        kept = client.service.contest.record.standings([1, 2])
+    assert sum(one.n for one in kept) == 40
+    with open(next((tmp_path / "feedback").glob("*.jsonl")), "ab") as file:
+        file.write(b'{"decision_id": "torn')
+    make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
+    for one, other in zip(Record(tmp_path / "anew").standings([1, 2]), kept, strict=True):
+        assert one.n == other.n
+        assert (one.total, one.weighted) == pytest.approx((other.total, other.weighted))
+    with open(next((tmp_path / "feedback").glob("*.jsonl")), "ab") as file:
+        file.write(b"\n")
+    with pytest.raises(StateError, match="line 61 is damaged"):
+        make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
+
+
+def test_shares_are_of_all_versions() -> None:
+    with pytest.raises(ConfigError, match="contest_shares: 3 are wanted"):
+        load_settings([], ["serve.rivals=[2, 3]", "serve.contest_shares=[1, 1]"])
+
+
+def test_killed_workers_forget_no_reward(tmp_path: Path) -> None:
+    for folder, version in ((tmp_path, 1), (tmp_path / "rivals" / "2", 2)):
+        store = Store(folder, 1)
+        fill(store, 20, 30, 3, version=version)
+        store.close()
+    settings, told = [f"serve.store={tmp_path}", "serve.rivals=[2]"], dict[str, tuple[int, float]]()
+    with Server(tmp_path / "nowhere", *settings) as server:
+        for i in range(60):
+            if i in (20, 40):
+                for pid in server.children():
+                    os.kill(pid, signal.SIGKILL)
+            answer = insist(server.port, "POST", "/v1/choose", {"user": f"u{i % 20}", "inputs": INPUTS})
+            reward = {"decision_id": answer["decision_id"], "reward": float(i % 2)}
+            insist(server.port, "POST", "/v1/feedback", reward)
+            told[answer["decision_id"]] = answer["model_version"], reward["reward"]
+    with Server(tmp_path / "nowhere", *settings) as server:  # which makes its record anew
+        found = {one["model_version"]: one for one in server.ask("GET", "/v1/models")[1]["competitors"]}
+    assert {1, 2} == found.keys() == {version for version, _ in told.values()}
+    for version, one in found.items():
+        rewards = [reward for of, reward in told.values() if of == version]
+        assert one["n_rewards"] == len(rewards)
+        assert one["mean_reward"] == pytest.approx(np.mean(rewards))

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 import msgspec
@@ -31,8 +31,12 @@ from mtl.serving.store import Store
 from mtl.serving.view import View
 
 _SIZE = 8 << 30  # of address space
-_TABLES = (b"decisions", b"sums")
+_TABLES = (b"decisions-0", b"decisions-1", b"sums")  # when one of decisions is full the other one is emptied
+_CURRENT = b"current"  # which of them is written to
+REMEMBERED = 5_000_000  # decisions
 _AT_ONCE = 10_000  # rows of the logs a transaction
+
+Row = TypeVar("Row", Choice, Feedback)
 
 
 class Standing(msgspec.Struct, array_like=True):
@@ -44,13 +48,16 @@ class Standing(msgspec.Struct, array_like=True):
 
 
 class Record:
-    """Standings of all versions, and the decisions whose reward is not known yet; every reward of a decision but the first
-    is passed over."""
+    """Standings of all versions, and decisions whose reward is not known yet.
+
+    Passed over are rewards of a decision but the first, and of decisions that were followed by :data:`REMEMBERED` others
+    without a reward, or more.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = lmdb.open(str(folder), map_size=_SIZE, max_dbs=len(_TABLES), max_readers=512, sync=False)
-        self._decisions, self._sums = map(self.environment.open_db, _TABLES)
+        *self._decisions, self._sums = map(self.environment.open_db, _TABLES)
 
     def close(self) -> None:
         self.environment.close()
@@ -61,18 +68,28 @@ class Record:
             for row in rows:
                 if isinstance(row, Choice):
                     told = msgspec.msgpack.encode((row.model_version, row.version_propensity))
-                    transaction.put(digest(row.decision_id), told, db=self._decisions)
+                    transaction.put(digest(row.decision_id), told, db=self._with_room(transaction))
                 else:
                     self._reward(transaction, row)
 
     def _reward(self, transaction: lmdb.Transaction, row: Feedback) -> None:
-        told = transaction.pop(digest(row.decision_id), db=self._decisions)
+        found = (transaction.pop(digest(row.decision_id), db=decisions) for decisions in self._decisions)
+        told = next((value for value in found if value is not None), None)
         if told is None or not is_reward(row.reward):  # of one that is rewarded already; of before versions competed
             return
         version, propensity = msgspec.msgpack.decode(told, type=tuple[int, float])
         before = self._standing(transaction, version)
         after = Standing(before.n + 1, before.total + row.reward, before.weighted + row.reward / propensity)
         transaction.put(_key(version), msgspec.msgpack.encode(after), db=self._sums)
+
+    def _with_room(self, transaction: lmdb.Transaction) -> Any:
+        """Where the next decision goes."""
+        current = transaction.get(_CURRENT, db=self._sums) == b"1"
+        if transaction.stat(self._decisions[current])["entries"] >= REMEMBERED:
+            current = not current
+            transaction.drop(self._decisions[current], delete=False)
+            transaction.put(_CURRENT, b"1" if current else b"0", db=self._sums)
+        return self._decisions[current]
 
     def standings(self, versions: Sequence[int]) -> list[Standing]:
         with self.environment.begin() as transaction:
@@ -84,26 +101,28 @@ class Record:
 
 
 def make_record(folder: Path, decisions: Path, feedback: Path) -> None:
-    """The record anew from the logs; to be called by one process, before the workers are there.
+    """The record anew from the logs; to be called by one process, before the workers are there. Rewards are all in memory.
 
     Raises:
         StateError: a line of a log is damaged.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    record = Record(folder)
-    for log, kind in ((decisions, Choice), (feedback, Feedback)):
-        for rows in _parts(log, kind):
-            record.add(rows)
+    record, rewards = Record(folder), dict[str, Feedback]()
+    for told in _parts(feedback, Feedback):
+        for reward in told:
+            rewards.setdefault(reward.decision_id, reward)
+    for choices in _parts(decisions, Choice):
+        record.add([row for one in choices for row in (one, rewards.pop(one.decision_id, None)) if row is not None])
     record.close()
 
 
-def _parts(log: Path, kind: type[Choice | Feedback]) -> Iterator[list[Choice | Feedback]]:
+def _parts(log: Path, kind: type[Row]) -> Iterator[list[Row]]:
     """Rows of all segments of a log, the open ones of workers that died included.
 
     Raises:
         StateError: a line is damaged.
     """
-    decode, part = msgspec.json.Decoder(kind).decode, list[Choice | Feedback]()
+    decode, part = msgspec.json.Decoder(kind).decode, list[Row]()
     for path in sorted(log.glob("*.jsonl")):
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never acknowledged
         for number, line in enumerate(lines, 1):

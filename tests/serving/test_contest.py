@@ -17,6 +17,7 @@ from running import Server, insist
 
 from mtl.config import load_settings
 from mtl.errors import ConfigError, StateError
+from mtl.serving import contest
 from mtl.serving.contest import Record, make_record
 from mtl.serving.store import Store
 
@@ -133,6 +134,20 @@ def test_the_record_is_what_the_logs_say(tmp_path: Path) -> None:
         file.write(b"\n")
     with pytest.raises(StateError, match="line 61 is damaged"):
         make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
+
+
+def test_decisions_that_nobody_rewards_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "REMEMBERED", 10)
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        decisions = [choose(client) for _ in range(45)]
+        for decision in decisions[-1:-11:-1]:
+            tell(client, decision, 1.0)
+        standings = client.service.contest.record.standings
+        assert sum(one.n for one in standings([1, 2])) == 10
+        tell(client, decisions[0], 1.0)  # is in the log alone
+        assert sum(one.n for one in standings([1, 2])) == 10
+    make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
+    assert sum(one.n for one in Record(tmp_path / "anew").standings([1, 2])) == 11
 
 
 def test_shares_are_of_all_versions() -> None:

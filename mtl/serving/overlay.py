@@ -208,7 +208,10 @@ class Overlay:
 
 
 def open_overlay(
-    folder: str | Path, log_events: Iterable[Event], is_confirmed: Callable[[str], bool] = lambda event_id: False
+    folder: str | Path,
+    log_events: Iterable[Event],
+    is_confirmed: Callable[[str], bool] = lambda event_id: False,
+    anew: bool = False,
 ) -> Overlay:
     """The overlay of this start of the machine; one of an earlier start is made anew from the log's events.
 
@@ -216,11 +219,12 @@ def open_overlay(
 
     Args:
         is_confirmed: whether an event (id) is known to be in its user's row.
+        anew: even so, for there may have been events that it was not told of.
     """
     path, boot = Path(folder) / "overlay.lmdb", boot_id()
     try:
         overlay = Overlay(folder)
-        if overlay.boot() == boot:
+        if overlay.boot() == boot and not anew:
             return overlay
         overlay.close()
     except (StateError, lmdb.Error):

@@ -269,8 +269,10 @@ def _prepare_contest(settings: ServeSettings, folders: Folders) -> None:
     if not settings.rivals:
         return
     for version in settings.rivals:
-        store = Store(folders.rival(version), settings.store_gb)
-        open_overlay(folders.rival(version), read(sealed(folders.log)), store.is_confirmed).close()
+        folder = folders.rival(version)
+        store = Store(folder, settings.store_gb)
+        # The server may have run without this rival meanwhile.
+        open_overlay(folder, read(sealed(folders.log)), store.is_confirmed, anew=True).close()
         store.close()
     make_record(folders.contest, folders.decisions, folders.feedback)
 

@@ -155,6 +155,27 @@ def test_shares_are_of_all_versions() -> None:
         load_settings([], ["serve.rivals=[2, 3]", "serve.contest_shares=[1, 1]"])
 
 
+def test_a_rival_is_told_what_was_observed_without_it(tmp_path: Path) -> None:
+    for folder, version in ((tmp_path, 1), (tmp_path / "rivals" / "2", 2)):
+        store = Store(folder, 1)
+        fill(store, 20, 30, 3, version=version)
+        store.close()
+    own, rivals = (
+        f"serve.store={tmp_path}",
+        ["serve.rivals=[2]", "serve.contest=split", "serve.contest_shares=[1, 1e9]"],
+    )
+    body, scores = {"user": "u1", "inputs": ["x1"]}, []
+    for settings in (rivals, [], rivals):
+        with Server(tmp_path / "nowhere", own, *settings, workers=1) as server:
+            answer = server.ask("POST", "/v1/predict", body)[1]
+            assert answer["model_version"] == (2 if settings else 1)
+            if settings:
+                scores.append(answer["scores"][0]["score"])
+            else:
+                server.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 50.0})
+    assert scores[1] > scores[0] + 1
+
+
 def test_killed_workers_forget_no_reward(tmp_path: Path) -> None:
     for folder, version in ((tmp_path, 1), (tmp_path / "rivals" / "2", 2)):
         store = Store(folder, 1)

@@ -3,11 +3,13 @@
 Ours is the product as it runs, and has two answers to each rating. The server's (``served``) is asked for each rating and
 then told it, one by one, and takes the tables over after every tenth of the ratings, when a new version is trained and goes
 live. The stream's (``streamed``) comes from the ``progress`` table: the same ratings come through the events table in
-batches of ``--batch``, and the update job predicts a batch as a whole, then adds it to its users. Beside it, on the same
-ratings after the first tenth: MLlib ALS, trained anew after every tenth (a user or an input that it has not seen gets the
-mean), and, where the package river is installed, its matrix factorization with biases, event by event.
+batches of ``--batch``, and the update job predicts a batch as a whole, then adds it to its users. Attributes of a film come
+with the tenth of its first rating; what ``update.learn_arrivals`` is worth is the difference that switching it off makes.
 
-    python tests/bench/prequential.py [--batch 1000] [--set SECTION.KEY=VALUE]
+Beside it, on the same ratings after the first tenth: MLlib ALS, trained anew after every tenth (a user or an input that it
+has not seen gets the mean), and, where the package river is installed, its matrix factorization with biases, event by event.
+
+    python tests/bench/prequential.py [--batch 1000] [--only-ours] [--set SECTION.KEY=VALUE]
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", default=str(CACHE), help="folder of the downloaded data (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1000, help="ratings in a micro-batch (default: %(default)s)")
+    parser.add_argument("--only-ours", action="store_true", help="nothing beside it")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="settings of the model")
     arguments = parser.parse_args()
     data = movielens(fetch_movielens(arguments.cache), 1)
@@ -64,14 +67,14 @@ def main() -> None:
         )
         spark = open_session(settings.spark, "bench prequential")
         ours = run(spark, settings, data.inputs.to_pandas(), data.users.to_pandas(), ratings, parts, arguments.batch)
-        als = retrained_als(spark, ratings, parts)
-    online = river(ratings, len(parts[0]))
+        als = retrained_als(spark, ratings, parts) if not arguments.only_ours else None
+    online = river(ratings, len(parts[0])) if not arguments.only_ours else None
     print(
         json.dumps(
             {
                 "ratings": int(len(ratings) - len(parts[0])),
                 "oracle_mtl": ours,
-                "als": {"rmse": min(als.values()), "by_rank_and_regularization": als},
+                "als": {"rmse": min(als.values()), "by_rank_and_regularization": als} if als else None,
                 "river": online,
             }
         )
@@ -116,13 +119,21 @@ def run(
 ) -> dict:
     tables = Tables(spark, settings.tables.root)
     tables.create(*schema.SCHEMAS)
-    tables.append(INPUTS, spark.createDataFrame(inputs), evolve=True)
+    part_of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
+    comes = inputs[INPUT_ID].map(pd.Series(part_of, ratings[INPUT_ID]).groupby(level=0).first())
+
+    def come(part: int) -> None:
+        if (comes == part).any():
+            tables.append(INPUTS, spark.createDataFrame(inputs[comes == part]), evolve=True)
+
+    come(0)
     tables.append(USER_ATTRIBUTES, spark.createDataFrame(users), evolve=True)
     append(tables, ratings.iloc[parts[0]])
     served = Served(tables, Path(settings.tables.root) / "_serving")
     by_part = []
-    for part in parts[1:]:
+    for number, part in enumerate(parts[1:], 1):
         version = retrain(tables, settings, promote=True)["model_version"]
+        come(number)
         served.follow()
         errors = served.squared_errors(ratings.iloc[part])
         for first in range(0, len(part), batch):

@@ -25,9 +25,8 @@ from mtl.score import PREDICTION, STATE, STD, add_scores
 from mtl.users import SharedInputs
 
 SEEN = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # a bin of users by their number of events begins at each
-AT_MOST = (
-    16_384  # events of a partition that are predicted, or of a batch that is added in the job; of more, an even sample
-)
+# Events that are predicted of a partition, or of a batch that is added in the job; of more, an even sample.
+AT_MOST = 16_384
 _Z90 = 1.6448536269514722  # a standard normal variable lies within ± this with probability 0.9
 
 

@@ -171,8 +171,8 @@ def is_reward(value: float) -> bool:
 
 
 class VersionPolicy(Protocol):
-    def choose(self, rewards: Rewards, user: str, random: Random) -> Decision:
-        """A version for this request of a user."""
+    def choose(self, rewards: Rewards, random: Random) -> Decision:
+        """A version for this request."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Exp3:
 
     gamma: float = 0.05  # part of the requests that goes to all versions alike
 
-    def choose(self, rewards: Rewards, user: str, random: Random) -> Decision:
+    def choose(self, rewards: Rewards, random: Random) -> Decision:
         m = len(rewards.n)
         return draw((1 - self.gamma) * softmax(self.gamma * rewards.weighted / m) + self.gamma / m, random)
 
@@ -198,7 +198,7 @@ class ThompsonVersions:
 
     draws: int = 200
 
-    def choose(self, rewards: Rewards, user: str, random: Random) -> Decision:
+    def choose(self, rewards: Rewards, random: Random) -> Decision:
         shape = self.draws, len(rewards.n)
         return draw(_shares(random.beta(1 + rewards.total, 1 + rewards.n - rewards.total, shape)), random)
 
@@ -210,7 +210,7 @@ class FixedSplit:
     shares: Sequence[float]
     salt: str = ""  # of the experiment: another one deals the users anew
 
-    def choose(self, rewards: Rewards, user: str, random: Random) -> Decision:
+    def choose(self, user: str) -> Decision:
         digest = hashlib.blake2b(f"{self.salt}\0{user}".encode(), digest_size=8).digest()
         at = int.from_bytes(digest, "big") / 2**64
         shares = np.asarray(self.shares, float) / sum(self.shares)

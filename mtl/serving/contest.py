@@ -10,8 +10,9 @@ from them it is made anew whenever the server starts.
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from mtl.config import ServeSettings
 from mtl.errors import StateError
 from mtl.serving import bandit
 from mtl.serving.api import Competitor
-from mtl.serving.bandit import FixedSplit, Rewards, VersionPolicy, is_reward
+from mtl.serving.bandit import Decision, FixedSplit, Rewards, VersionPolicy, is_reward
 from mtl.serving.observations import Choice, Feedback
 from mtl.serving.overlay import Overlay
 from mtl.serving.records import digest
@@ -39,16 +40,8 @@ _AT_ONCE = 10_000  # rows of the logs a transaction
 Row = TypeVar("Row", Choice, Feedback)
 
 
-class Standing(msgspec.Struct, array_like=True):
-    """What a version's decisions earned, of those whose reward is known."""
-
-    n: int = 0
-    total: float = 0.0  # Σ r
-    weighted: float = 0.0  # Σ r/p, p the version's propensity
-
-
 class Record:
-    """Standings of all versions, and decisions whose reward is not known yet.
+    """Rewards of all versions, and decisions whose reward is not known yet.
 
     Passed over are rewards of a decision but the first, and of decisions that were followed by :data:`REMEMBERED` others
     without a reward, or more.
@@ -78,9 +71,10 @@ class Record:
         if told is None or not is_reward(row.reward):  # of one that is rewarded already; of before versions competed
             return
         version, propensity = msgspec.msgpack.decode(told, type=tuple[int, float])
-        before = self._standing(transaction, version)
-        after = Standing(before.n + 1, before.total + row.reward, before.weighted + row.reward / propensity)
-        transaction.put(_key(version), msgspec.msgpack.encode(after), db=self._sums)
+        sums = self._rewards(transaction, [version]) + Rewards.one(1, Decision(0, propensity), row.reward)
+        transaction.put(
+            _key(version), msgspec.msgpack.encode([float(of[0]) for of in vars(sums).values()]), db=self._sums
+        )
 
     def _with_room(self, transaction: lmdb.Transaction) -> Any:
         """Where the next decision goes."""
@@ -91,13 +85,15 @@ class Record:
             transaction.put(_CURRENT, b"1" if current else b"0", db=self._sums)
         return self._decisions[current]
 
-    def standings(self, versions: Sequence[int]) -> list[Standing]:
+    def rewards(self, versions: Sequence[int]) -> Rewards:
+        """What the versions' decisions earned, of those whose reward is known."""
         with self.environment.begin() as transaction:
-            return [self._standing(transaction, version) for version in versions]
+            return self._rewards(transaction, versions)
 
-    def _standing(self, transaction: lmdb.Transaction, version: int) -> Standing:
-        value = transaction.get(_key(version), db=self._sums)
-        return Standing() if value is None else msgspec.msgpack.decode(value, type=Standing)
+    def _rewards(self, transaction: lmdb.Transaction, versions: Sequence[int]) -> Rewards:
+        found = (transaction.get(_key(version), db=self._sums) for version in versions)
+        sums = [(0.0, 0.0, 0.0) if one is None else msgspec.msgpack.decode(one) for one in found]
+        return Rewards(*np.array(sums).T)
 
 
 def make_record(folder: Path, decisions: Path, feedback: Path) -> None:
@@ -154,57 +150,82 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class Contest:
-    """Draws the version that answers; one a worker."""
+class Contest(ABC):
+    """Says which version answers; one a worker."""
 
     rivals: Sequence[Rival]
-    policy: VersionPolicy
     record: Record
 
-    def look(self, seen: Callable[[Store, Overlay, View | None], View | None]) -> None:
+    @abstractmethod
+    def draw(self, live: View, user: str) -> Drawn:
+        """A version for a decision."""
+
+    def assigned(self, live: View, user: str) -> View:
+        """The version that answers a user where no decision is made."""
+        return live
+
+    def look(self, next_view: Callable[[Store, Overlay, View | None], View | None]) -> None:
         """Take over what the rivals' stores show now.
 
         Args:
-            seen: (store, observations, the view before) → the view.
+            next_view: (store, observations, the view before) → the view.
         """
         for rival in self.rivals:
-            rival.view = seen(rival.store, rival.overlay, rival.view)
+            rival.view = next_view(rival.store, rival.overlay, rival.view)
 
     def competitors(self, live: View) -> dict[int, View]:
         """The live version, in place 0, and the rivals that can answer, in theirs."""
         shown = {place: rival.view for place, rival in enumerate(self.rivals, 1) if rival.view is not None}
         return {0: live, **{place: view for place, view in shown.items() if view.version != live.version}}
 
-    def draw(self, live: View, user: str) -> Drawn:
-        """A version for a decision."""
-        competitors, policy = self.competitors(live), self.policy
-        if len(competitors) == 1:
-            return Drawn(live, 1.0)
-        if isinstance(policy, FixedSplit):
-            policy = replace(policy, shares=[policy.shares[place] for place in competitors])
-        views = list(competitors.values())
-        standings = self.record.standings([view.version for view in views])
-        sums = (np.array([getattr(one, name) for one in standings], float) for name in Standing.__struct_fields__)
-        # Generators are not safe to share between threads.
-        chosen, propensity = policy.choose(Rewards(*sums), user, np.random.default_rng())
-        return Drawn(views[chosen], propensity)
-
     def competing(self, live: View) -> list[Competitor]:
         """How they stand."""
         versions = [view.version for view in self.competitors(live).values()]
-        standings = zip(versions, self.record.standings(versions), strict=True)
-        return [Competitor(version, one.n, one.total / one.n if one.n else None) for version, one in standings]
+        rewards = self.record.rewards(versions)
+        sums = zip(versions, rewards.n.tolist(), rewards.total.tolist(), strict=True)
+        return [Competitor(version, int(n), total / n if n else None) for version, n, total in sums]
+
+
+@dataclass
+class ByRewards(Contest):
+    """Draws a version anew for every decision."""
+
+    policy: VersionPolicy
+
+    def draw(self, live: View, user: str) -> Drawn:
+        views = list(self.competitors(live).values())
+        if len(views) == 1:
+            return Drawn(live, 1.0)
+        rewards = self.record.rewards([view.version for view in views])
+        place, propensity = self.policy.choose(rewards, np.random.default_rng())  # not safe to share between threads
+        return Drawn(views[place], propensity)
+
+
+@dataclass
+class ByUser(Contest):
+    """Gives every user one version, for decisions and all else.
+
+    Args:
+        shares: of the live version and of each rival.
+    """
+
+    shares: Sequence[float]
+
+    def draw(self, live: View, user: str) -> Drawn:
+        competitors = self.competitors(live)
+        split = FixedSplit([self.shares[place] for place in competitors])
+        place, propensity = split.choose(user)
+        return Drawn(list(competitors.values())[place], propensity)
 
     def assigned(self, live: View, user: str) -> View:
-        """The version that a user is answered by where no decision is made: its own in a split, else the live one."""
-        return self.draw(live, user).view if isinstance(self.policy, FixedSplit) else live
+        return self.draw(live, user).view
 
 
-def policy_of(settings: ServeSettings) -> VersionPolicy:
+def contest_of(settings: ServeSettings, rivals: Sequence[Rival], record: Record) -> Contest:
     """By its name in serve.contest."""
     if settings.contest == "split":
-        return FixedSplit(settings.contest_shares or [1.0] * (1 + len(settings.rivals)))
-    return bandit.Exp3() if settings.contest == "exp3" else bandit.ThompsonVersions()
+        return ByUser(rivals, record, settings.contest_shares or [1.0] * (1 + len(rivals)))
+    return ByRewards(rivals, record, bandit.Exp3() if settings.contest == "exp3" else bandit.ThompsonVersions())
 
 
 def _key(version: int) -> bytes:

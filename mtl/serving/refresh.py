@@ -26,7 +26,7 @@ from mtl.serving import scorer
 from mtl.serving.coverage import Coverage
 from mtl.serving.overlay import Overlay, Status
 from mtl.serving.records import cycle_of, digest, is_described_only, pack_described, pack_users
-from mtl.serving.source import AddedFile, Expired, Source
+from mtl.serving.source import Expired, Rewritten, Source
 from mtl.serving.store import Live, Store, new_feature_files, prefix, rewrite_features, write_features
 from mtl.serving.takeover import GRACE_SECONDS, Takeover
 
@@ -236,8 +236,11 @@ class Refresher:
 
     def _follow_features(self, live: Live, after: int) -> bool:
         try:
-            added = [self.source.rows(FEATURES, file) for file in self._new_files(FEATURES, after, live.model_version)]
-        except _Reload:
+            added = [
+                self.source.rows(FEATURES, file)
+                for file in self.source.added(FEATURES, after, self._commits[FEATURES], live.model_version)
+            ]
+        except Rewritten:
             log.info("serve: the features table was rewritten: reading it anew")
             added = None
         new = [self._without_known(live, rows) for rows in added or ()]
@@ -269,8 +272,8 @@ class Refresher:
 
     def _follow_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
         try:
-            files = list(self._new_files(USERS, before.get(USERS, -1), model.version))
-        except _Reload:
+            files = list(self.source.added(USERS, before.get(USERS, -1), self._commits[USERS], model.version))
+        except Rewritten:
             self._reload_users(model, before, covered)
             return True
         if not files:
@@ -297,8 +300,8 @@ class Refresher:
     def _follow_user_attributes(self, model: Model, before: dict[str, int], covered: Coverage | None) -> None:
         cycle, after = before.get(_CYCLE, 0), before.get(USER_ATTRIBUTES, -1)
         try:
-            files = list(self._new_files(USER_ATTRIBUTES, after, None))
-        except _Reload:  # users of attributes alone may be gone
+            files = list(self.source.added(USER_ATTRIBUTES, after, self._commits[USER_ATTRIBUTES], None))
+        except Rewritten:  # users of attributes alone may be gone
             self._reload_users(model, before, covered)
             return
         for file in files:
@@ -316,8 +319,8 @@ class Refresher:
 
     def _changed_rows(self, table: str, after: int) -> Iterator[pa.Table]:
         try:
-            files = list(self._new_files(table, after, None)) if after >= 0 else None
-        except _Reload:
+            files = list(self.source.added(table, after, self._commits[table], None)) if after >= 0 else None
+        except Rewritten:
             files = None
         if files is None:
             for batch in self.source.query(table, "select * from t", self._commits[table]):
@@ -325,22 +328,6 @@ class Refresher:
             return
         for file in files:
             yield self.source.rows(table, file)
-
-    def _new_files(self, table: str, after: int, model_version: int | None) -> Iterator[AddedFile]:
-        """Files that came after a commit.
-
-        Raises:
-            _Reload: they do not tell all that changed.
-        """
-        try:
-            if self._commits[table] < after:
-                raise _Reload
-            for commit in self.source.commits(table, after, self._commits[table]):
-                if commit.reload:
-                    raise _Reload
-                yield from (file for file in commit.files if file.model_version == model_version)
-        except Expired as error:
-            raise _Reload from error
 
     # Events: where observations landed, and who acted on what.
 
@@ -397,10 +384,6 @@ class Refresher:
             assert row is not None
             self._model = model_of(row)
         return self._model
-
-
-class _Reload(Exception):
-    """The table must be read whole."""
 
 
 def _user_records(rows: pa.Table, model: Model, cycle: int) -> Iterator[tuple[bytes, bytes]]:

@@ -31,7 +31,7 @@ from mtl.config import ServeSettings, Settings, is_catalog
 from mtl.errors import ConfigError, StateError
 from mtl.lock import exclusive
 from mtl.serving import metrics
-from mtl.serving.contest import Contest, Record, Rival, make_record, policy_of
+from mtl.serving.contest import Contest, Record, Rival, contest_of, make_record
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observations import read, sealed
@@ -285,7 +285,7 @@ def _contest(settings: ServeSettings, folders: Folders) -> Contest | None:
         Rival(Store(folder, settings.store_gb, readonly=True), Overlay(folder))
         for folder in map(folders.rival, settings.rivals)
     ]
-    return Contest(rivals, policy_of(settings), Record(folders.contest))
+    return contest_of(settings, rivals, Record(folders.contest))
 
 
 def run_refresher(

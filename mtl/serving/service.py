@@ -91,15 +91,15 @@ class Service:
 
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
-        self.view = self._seen(self.store, self.overlay, self.view)
+        self.view = self._next_view(self.store, self.overlay, self.view)
         overlays = [self.overlay]
         if self.contest is not None:
-            self.contest.look(self._seen)
+            self.contest.look(self._next_view)
             overlays += [rival.overlay for rival in self.contest.rivals if rival.view is not None]
         self.checked_at = min(overlay.status().checked_at for overlay in overlays)
         self.staleness = round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
 
-    def _seen(self, store: Store, overlay: Overlay, before: View | None) -> View | None:
+    def _next_view(self, store: Store, overlay: Overlay, before: View | None) -> View | None:
         view = open_view(store, overlay, self.settings, before)
         if view is not None and (before is None or before.evaluator is not view.evaluator):
             # A thread that nobody waits for: functions may be slow, or hang.

@@ -45,6 +45,10 @@ class Expired(Exception):
     """The log no longer holds a commit that was asked for: read the whole table."""
 
 
+class Rewritten(Exception):
+    """The files that commits added do not tell all that changed: read the whole table."""
+
+
 @dataclass(frozen=True)
 class AddedFile:
     """One file that a commit added."""
@@ -102,6 +106,22 @@ class Source:
             except FileNotFoundError as error:
                 raise Expired(f"{table}: commit {version}") from error
             yield _commit(version, [json.loads(line) for line in text.splitlines()])
+
+    def added(self, table: str, after: int, through: int, model_version: int | None) -> Iterator[AddedFile]:
+        """The files of a model version that the commits ``after`` < version ≤ ``through`` added, in order.
+
+        Raises:
+            Rewritten: they do not tell all that changed.
+        """
+        try:
+            if through < after:
+                raise Rewritten
+            for commit in self.commits(table, after, through):
+                if commit.reload:
+                    raise Rewritten
+                yield from (file for file in commit.files if file.model_version == model_version)
+        except Expired as error:
+            raise Rewritten from error
 
     def rows(self, table: str, file: AddedFile, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a file as the commit wrote them; columns that it lacks are left out."""

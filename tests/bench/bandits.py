@@ -132,7 +132,7 @@ def of_versions(policy: VersionPolicy, seed: int, given: argparse.Namespace) -> 
     rewards, chosen = Rewards.none(2), np.empty(given.requests)
     for i in range(given.requests):
         w, phi = random.normal(size=D), random.normal(size=(10, D))
-        decision = policy.choose(rewards, f"u{random.integers(1000)}", random)
+        decision = policy.choose(rewards, random)
         seen = D if decision.place == better else D // 2
         best = int((phi[:, :seen] @ w[:seen]).argmax())
         reward = float(random.random() < expit(phi[best] @ w - 2))

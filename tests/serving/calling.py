@@ -18,7 +18,7 @@ from made_up import fill
 from mtl.config import load_settings
 from mtl.effects import Effects
 from mtl.serving import metrics
-from mtl.serving.contest import Contest, Record, Rival, policy_of
+from mtl.serving.contest import Record, Rival, contest_of
 from mtl.serving.gauges import readings
 from mtl.serving.http import application
 from mtl.serving.observer import Observer
@@ -89,7 +89,7 @@ def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Eff
     rivals = [Rival(Store(at, 1), open_overlay(at, [])) for at in (folder / f"rival-{v}" for v in settings.rivals)]
     for version, rival in zip(settings.rivals, rivals, strict=True):
         fill(rival.store, USERS, INPUTS, K, loss, seed=version, effects=effects, version=version)
-    contest = Contest(rivals, policy_of(settings), Record(folder / "contest")) if rivals else None
+    contest = contest_of(settings, rivals, Record(folder / "contest")) if rivals else None
     logs = folder / "observations", folder / "feedback", folder / "decisions"
     others, record = [rival.overlay for rival in rivals], contest.record if contest else None
     observer = Observer(overlay, *logs, 1000.0, 1e9, others, record)

@@ -119,8 +119,8 @@ def test_logged_chances_of_thompson_make_an_unbiased_estimate_but_for_what_it_ha
 
 def play(policy, means: np.ndarray, rounds: int, seed: int) -> tuple[Rewards, list[int]]:
     random, rewards, places = np.random.default_rng(seed), Rewards.none(len(means)), []
-    for t in range(rounds):
-        decision = policy.choose(rewards, f"u{t}", random)
+    for _ in range(rounds):
+        decision = policy.choose(rewards, random)
         reward = float(random.random() < means[decision.place])
         rewards += Rewards.one(len(means), decision, reward)
         places.append(decision.place)
@@ -137,12 +137,12 @@ def test_the_better_of_two_versions_is_found(policy, share: float) -> None:
 
 
 def test_a_fixed_split_keeps_users_and_shares_and_salts() -> None:
-    policy, rewards, random = FixedSplit((3, 1)), Rewards.none(2), np.random.default_rng(0)
-    first = [policy.choose(rewards, f"u{i}", random) for i in range(8000)]
-    assert first == [policy.choose(rewards, f"u{i}", random) for i in range(8000)]
+    policy = FixedSplit((3, 1))
+    first = [policy.choose(f"u{i}") for i in range(8000)]
+    assert first == [policy.choose(f"u{i}") for i in range(8000)]
     assert np.mean([decision.place == 0 for decision in first]) == pytest.approx(0.75, abs=0.02)
     assert {decision.propensity for decision in first} == {0.75, 0.25}
-    other = [FixedSplit((3, 1), "b").choose(rewards, f"u{i}", random).place for i in range(8000)]
+    other = [FixedSplit((3, 1), "b").choose(f"u{i}").place for i in range(8000)]
     both = np.mean([a.place == 1 and b == 1 for a, b in zip(first, other, strict=True)])
     assert both == pytest.approx(1 / 16, abs=0.015)
 

@@ -122,14 +122,14 @@ def test_the_record_is_what_the_logs_say(tmp_path: Path) -> None:
                 tell(client, decision, round(float(random.random()), 3))
             if i == 30:
                 client.service.observer._choices.seal()
-        kept = client.service.contest.record.standings([1, 2])
-    assert sum(one.n for one in kept) == 40
+        kept = client.service.contest.record.rewards([1, 2])
+    assert kept.n.sum() == 40
     with open(next((tmp_path / "feedback").glob("*.jsonl")), "ab") as file:
         file.write(b'{"decision_id": "torn')
     make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
-    for one, other in zip(Record(tmp_path / "anew").standings([1, 2]), kept, strict=True):
-        assert one.n == other.n
-        assert (one.total, one.weighted) == pytest.approx((other.total, other.weighted))
+    anew = Record(tmp_path / "anew").rewards([1, 2])
+    for one, other in zip(vars(anew).values(), vars(kept).values(), strict=True):
+        np.testing.assert_allclose(one, other)
     with open(next((tmp_path / "feedback").glob("*.jsonl")), "ab") as file:
         file.write(b"\n")
     with pytest.raises(StateError, match="line 61 is damaged"):
@@ -142,12 +142,12 @@ def test_decisions_that_nobody_rewards_are_forgotten(tmp_path: Path, monkeypatch
         decisions = [choose(client) for _ in range(45)]
         for decision in decisions[-1:-11:-1]:
             tell(client, decision, 1.0)
-        standings = client.service.contest.record.standings
-        assert sum(one.n for one in standings([1, 2])) == 10
+        rewards = client.service.contest.record.rewards
+        assert rewards([1, 2]).n.sum() == 10
         tell(client, decisions[0], 1.0)  # is in the log alone
-        assert sum(one.n for one in standings([1, 2])) == 10
+        assert rewards([1, 2]).n.sum() == 10
     make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
-    assert sum(one.n for one in Record(tmp_path / "anew").standings([1, 2])) == 11
+    assert Record(tmp_path / "anew").rewards([1, 2]).n.sum() == 11
 
 
 def test_shares_are_of_all_versions() -> None:

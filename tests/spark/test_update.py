@@ -36,7 +36,7 @@ from mtl.lock import exclusive
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITING
-from mtl.stream import folder_of
+from mtl.stream import Stream, folder_of
 from mtl.tables import Tables
 from mtl.update import update
 from mtl.upsert import UsersTable
@@ -169,6 +169,38 @@ def test_what_a_death_left_unwritten_is_not_taken_for_written(live: Tables, monk
     assert update(live, ONE_FILE_A_BATCH)["applied"] > 0
     assert state(live)[schema.N_EVENTS].sum() == 330
     assert broken(live) == []
+
+
+@pytest.mark.long
+def test_after_a_write_that_failed_no_users_are_kept(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(live, MERGED, load_model(live))
+    kept = []
+    merge, added = UsersTable.merge, Adder.added
+
+    def fails_at_last(self: UsersTable, *arguments: object) -> None:
+        kept.append(stream.updater.adder._kept is not None)
+        if len(kept) == 4:
+            raise OSError("the disk is full")
+        merge(self, *arguments)
+
+    @contextmanager
+    def seen(self: Adder, *arguments: object) -> Iterator[tuple]:
+        kept_before.append(self._kept is not None)
+        with added(self, *arguments) as found:
+            yield found
+
+    kept_before: list[bool] = []
+    monkeypatch.setattr(UsersTable, "merge", fails_at_last)
+    monkeypatch.setattr(Adder, "added", seen)
+    for part in np.array_split(np.arange(TRAINED, 330), 4):
+        append(live, rows(part))
+    stream.settings = settings("update.rewrite_above=1", "update.max_files_per_trigger=1")
+    with pytest.raises(OSError, match="the disk is full"):
+        stream.drain()
+    assert kept_before == [False, False, True, True]
+    assert kept == [False] * 4  # while a write is under way nobody knows what the table holds
+    assert stream.updater.adder._kept is None
+    stream.close()
 
 
 def test_fewer_users_never_replace_more(live: Tables) -> None:

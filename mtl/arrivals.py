@@ -1,11 +1,12 @@
-"""Inputs that came after training, learnt online: the same sums as a user's, on the input's side.
+"""Inputs that training had no event of, learnt online: the same sums as a user's, on the input's side.
 
-A new input x begins as what the oracle makes of its attributes, c_x = (o, f_1 … f_k) ~ N(g(z), R). Its events are evidence
-of the form that training's half-step for inputs has (design, section 3): A_x = Σ c E[w̃w̃ᵀ] and b_x = Σ c y E[w̃], with each
-user as known before the event. Everyone's predictions use the posterior of c_x at once.
+They came after it, or it knew their attributes alone. Such an input x begins as what the oracle makes of these,
+c_x = (o, f_1 … f_k) ~ N(g(z), R). Its events are evidence of the form that training's half-step for inputs has (design,
+section 3): A_x = Σ c E[w̃w̃ᵀ] and b_x = Σ c y E[w̃], with each user as known before the event. Everyone's predictions use the
+posterior of c_x at once.
 
-Users' own sums go on counting with the input as it was when it came, for a sum must not change under the events that it
-already has: users equal a from-scratch pass as before.
+Users' own sums go on counting with the input as it began, for a sum must not change under the events that it already has:
+users equal a from-scratch pass as before.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def shared_inputs(rows: pa.Table, model: Model) -> SharedInputs:
 
 
 def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Array, Array]:
-    """What the events of a partition say of the inputs that came after training.
+    """What the events of a partition say of the inputs that training had no event of.
 
     Args:
         table: events and states of their users before them, as :func:`mtl.users.add_events` gets them.
@@ -83,7 +84,7 @@ def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
     """Rows of the features table with what events said of their inputs.
 
     Args:
-        rows: of inputs that came after training.
+        rows: of inputs that training had no event of.
         evidence: of each, as :func:`evidence` has it, (n, ·).
     """
     d = model.d
@@ -106,7 +107,7 @@ def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
 
 
 def unlearnt(rows: pa.Table, model: Model) -> pa.Table:
-    """Rows of the features table as they were when their inputs came: what events said of them is forgotten."""
+    """Rows of the features table as they began: what events said of their inputs is forgotten."""
     d, n = model.d, len(rows)
     width = gaussian.packed_length(d)
     taken = np.column_stack(

@@ -187,7 +187,7 @@ def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:
 def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Check:
     """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh.
 
-    Training had the attributes of its time; an input that came after it (:mod:`mtl.arrivals`) has those of now.
+    Training had the attributes of its time; an input that came after it has those of now.
     """
     stored, artefact = features_of(tables, model).toArrow(), model.artefact
     ids = stored[INPUT_ID].combine_chunks()
@@ -196,7 +196,8 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
     expected = artefact.inputs.mean(
         np.column_stack([described, matrix(stored[schema.IMPLICIT], artefact.input_implicit)])
     )
-    arrived = np.flatnonzero(stored[schema.N_EVENTS].is_valid().to_numpy())
+    known = pa.array(at_training[INPUT_ID], pa.string())
+    arrived = np.flatnonzero(stored[schema.N_EVENTS].is_valid().to_numpy() & (index_of(ids, known) < 0))
     later = pd.DataFrame({INPUT_ID: ids.take(pa.array(arrived)).to_pandas()})
     later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
     if len(later):
@@ -205,7 +206,6 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
     found = features.from_rows(stored, model.d)
     actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]])
     difference = float(np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
-    known = pa.array(at_training[INPUT_ID], pa.string())
     missing, repeated = int(np.sum(index_of(known, ids) < 0)), len(ids) - len(ids.unique())
     return {
         "holds": difference <= tolerance and not missing and not repeated,

@@ -9,7 +9,7 @@ The steps, each of which changes nothing when it is repeated, so that a crash af
    erased events from the commits that brought them: hence before step 4, which takes them out, and never after it.
 4. Per model version: users with erased events are computed anew from those they have left, a replay in the ledger's order
    where the loss is not squared, and replaced by one MERGE; a user with none left loses its row. The ``ledger`` row of what
-   they lost comes first, for after the MERGE it can no longer be counted. Inputs that came after training and were in erased
+   they lost comes first, for after the MERGE it can no longer be counted. Inputs that training had no event of and were in erased
    events go back to what the oracle says of them.
 5. ``waiting`` and, with whole users, ``user_attributes``; files with rows that are only marked as deleted are rewritten.
 6. A correction is ingested as any file is. Under other losses than the squared one a corrected event thus takes its place in
@@ -317,7 +317,7 @@ def _recompute(tables: Tables, erasure: Erasure, model: Model, affected: DataFra
 
 
 def _unlearn(tables: Tables, model: Model, inputs: DataFrame) -> None:
-    """What erased events said of inputs that came after training goes with all that others said of them (mtl.arrivals).
+    """What erased events said of inputs that training had no event of goes with all that others said of them (mtl.arrivals).
 
     It cannot be taken out alone, for it was about what was known of users at the time; it comes back with new events, and
     with the next retraining.

@@ -70,20 +70,26 @@ class Features:
 
 
 def feature_rows(
-    version: int, ids: pa.Array, features: Features, residual: Array, implicit: Array, arrived: bool = False
+    version: int,
+    ids: pa.Array,
+    features: Features,
+    residual: Array,
+    implicit: Array,
+    arrived: np.ndarray | None = None,
 ) -> pa.Table:
     """Rows of the features table for n inputs.
 
     Args:
         residual: what training added to the oracle's prediction, (n, d).
         implicit: the attributes that training events are, (n, q).
-        arrived: they came after training, and nothing has been learnt of them yet (:mod:`mtl.arrivals`).
+        arrived: which are to be learnt online, and nothing has been learnt of yet (:mod:`mtl.arrivals`), (n,); None: none.
     """
     n, d = features.phi.shape
+    arrived = np.zeros(n, bool) if arrived is None else arrived
+    of_arrived = pa.array(np.cumsum(arrived) - 1, mask=~arrived)
     nothing = {
-        schema.A: lists(np.zeros((n, gaussian.packed_length(d)))) if arrived else pa.nulls(n, pa.list_(pa.float64())),
-        schema.B: lists(np.zeros((n, d))) if arrived else pa.nulls(n, pa.list_(pa.float64())),
-        schema.N_EVENTS: pa.array(np.zeros(n, np.int64)) if arrived else pa.nulls(n, pa.int64()),
+        name: lists(np.zeros((int(arrived.sum()), width))).take(of_arrived)
+        for name, width in ((schema.A, gaussian.packed_length(d)), (schema.B, d))
     }
     return pa.table(
         {
@@ -94,6 +100,7 @@ def feature_rows(
             schema.RESIDUAL: lists(residual),
             schema.INPUT_CLASS: ids,
             **nothing,
+            schema.N_EVENTS: pa.array(np.zeros(n, np.int64), mask=~arrived),
         }
     )
 

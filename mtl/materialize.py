@@ -48,8 +48,8 @@ def materialize(tables: Tables, model: Model, only: DataFrame | None = None) -> 
 def insert_features(tables: Tables, model: Model, attributes: pd.DataFrame) -> None:
     features = model.features_of_new(attributes.drop(columns=INPUT_ID))
     ids, width = pa.array(attributes[INPUT_ID], pa.string()), model.artefact.input_implicit
-    nothing = np.zeros((len(attributes), width))
-    rows = feature_rows(model.version, ids, features, np.zeros_like(features.phi), nothing, arrived=True)
+    of_none = np.zeros_like(features.phi), np.zeros((len(attributes), width)), np.ones(len(attributes), bool)
+    rows = feature_rows(model.version, ids, features, *of_none)
     source = tables.spark.createDataFrame(rows).alias("new")
     same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
     tables.delta(schema.FEATURES).alias("stored").merge(source, same).whenNotMatchedInsertAll().execute()

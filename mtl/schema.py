@@ -197,7 +197,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (IMPLICIT, _VECTOR),
         (RESIDUAL, _VECTOR),
         (INPUT_CLASS, T.StringType()),
-        # What the stream's events said of an input that came after training (mtl.arrivals); null for the others.
+        # What the stream's events said of an input that training had no event of (mtl.arrivals); null for the others.
         (A, _VECTOR),
         (B, _VECTOR),
         (N_EVENTS, T.LongType()),

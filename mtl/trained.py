@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from mtl import schema
+from mtl import gaussian, schema
 from mtl.arrow import lists
 from mtl.blocks import CAPPED, EARLIER, HELD_OUT, EventBlock
 from mtl.catalogue import Catalogue
@@ -29,6 +29,8 @@ from mtl.schema import USER_ID
 from mtl.sharing import share
 from mtl.train import Fit
 from mtl.working import settle
+
+_ROUNDING = 1e-6  # of a prior's standard deviation
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,16 @@ class Trained:
     def feature_rows(self, version: int) -> DataFrame:
         """Rows of the features table."""
         width = self.input_implicit
-        ids, mu, prior = (
-            share(self.engine.rows.sparkSession, self.catalogue.ids),
-            self.mu,
-            self.fit.inputs,
-        )
+        shared = share(self.engine.rows.sparkSession, (self.catalogue.ids, self.catalogue.counts == 0))
+        mu, prior = self.mu, self.fit.inputs
 
         def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
+            here = slice(first, first + len(attributes))
+            ids, without_events = shared.value
             features = Features.of(inputs.mean, inputs.covariance, mu)
             residual, implicit = inputs.mean - prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
-            return feature_rows(version, ids.value.slice(first, len(attributes)), features, residual, implicit)
+            arrived = without_events[here] & _is_as_given(inputs, residual, prior.covariance)
+            return feature_rows(version, ids[here], features, residual, implicit, arrived)
 
         return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
 
@@ -115,6 +117,16 @@ class Trained:
         if self.last is None:
             return users.withColumn(schema.REFERENCE_TIME, F.lit(None).cast("timestamp"))
         return users.join(self.last, USER_ID, "left")
+
+
+def _is_as_given(vectors: Posterior, residual: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Of which vectors nothing is known beside their prior, (n,): no event, nor zeros, nor what an earlier version knew."""
+    spread = np.sqrt(np.diag(covariance))
+    is_mean = np.abs(residual) <= _ROUNDING * spread
+    is_covariance = np.abs(vectors.covariance - gaussian.pack(covariance)) <= _ROUNDING * gaussian.pack(
+        np.outer(spread, spread)
+    )
+    return is_mean.all(1) & is_covariance.all(1)
 
 
 def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> Iterator[pa.Table]:

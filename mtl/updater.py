@@ -5,7 +5,7 @@ A micro-batch N of the query with application id *app* takes these steps, each o
 1. events whose input is not known are set aside in `waiting`, tagged N;
 2. a ledger row: offsets, fingerprint, counts;
 3. a progress row: what the other events cost when predicted before they are known (:mod:`mtl.progress`);
-4. where there are events of inputs that came after training, a MERGE of these into `features` (:mod:`mtl.arrivals`);
+4. where there are events of inputs that training had none of, a MERGE of these into `features` (:mod:`mtl.arrivals`);
 5. their users into `users`, by one MERGE or, where they are most of them, one write of all (:mod:`mtl.upsert`).
 
 A batch that is repeated after a crash finds the steps that were committed and does the others. What it applies is
@@ -265,7 +265,7 @@ class Updater:
         self._append(schema.PROGRESS, row, application, number)
 
     def _learn_arrivals(self, measured: pa.Table, application: str, number: int) -> None:
-        """What the events say of inputs that came after training, into their features, once for (application, number)."""
+        """What the events say of inputs that training had none of, into their features, once for (application, number)."""
         if not len(measured):
             return
         codes = measured[MEASURED_OF].combine_chunks().dictionary_encode()

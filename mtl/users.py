@@ -38,7 +38,9 @@ class SharedInputs:
 
     ids: pa.Array
     features: Features = field(repr=False)  # what users' sums are made of
-    arrived: np.ndarray | None = field(default=None, repr=False)  # which came after training, (n,); None: none did
+    arrived: np.ndarray | None = field(
+        default=None, repr=False
+    )  # which training had no event of, (n,); None: of all it had
     learnt: Features | None = field(default=None, repr=False)  # what predictions are made of, see mtl.arrivals
 
     @property

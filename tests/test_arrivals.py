@@ -21,7 +21,9 @@ def catalogue(model: Model, n_old: int = 5) -> tuple[pa.Table, SharedInputs]:
     as_it_came = model.features_about(known.features.vectors(model.mean_label).mean[late])
     parts = [(old, known.features.take(old), False), (late, as_it_came, True)]
     rows = pa.concat_tables(
-        feature_rows(1, known.ids.take(pa.array(i)), of, np.zeros((len(i), D)), np.zeros((len(i), 0)), arrived)
+        feature_rows(
+            1, known.ids.take(pa.array(i)), of, np.zeros((len(i), D)), np.zeros((len(i), 0)), np.full(len(i), arrived)
+        )
         for i, of, arrived in parts
     )
     return rows, arrivals.shared_inputs(rows, model)

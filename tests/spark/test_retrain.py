@@ -319,6 +319,37 @@ def test_a_black_box_trains_and_its_stored_functions_predict_the_same(
 # --- Supervised features ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("assignments", "arrived"),
+    [
+        ((), ["x15", "x16"]),
+        *(
+            pytest.param(assignments, arrived, marks=pytest.mark.long)
+            for assignments, arrived in (
+                (("model.form=multilevel",), ["x15", "x16"]),
+                (("oracle.kind=identity",), ["x15", "x16"]),
+                (("train.reduction=distributed",), ["x15", "x16"]),
+                (("oracle.kind=sklearn", "oracle.factory=sklearn.tree:DecisionTreeRegressor"), ["x15", "x16"]),
+                (("model.implicit_weight=0.1", "train.holdout=0"), []),  # zeros of every user are known of them
+            )
+        ),
+    ],
+)
+def test_inputs_without_events_are_written_to_be_learnt_online(
+    tables: Tables, assignments: tuple[str, ...], arrived: list[str]
+) -> None:
+    model = Trained(attributed(tables), retrain(tables, settings(*assignments))).model
+    stored = of_version(tables, FEATURES, 1).where(F.col(schema.N_EVENTS).isNotNull()).orderBy(INPUT_ID).toArrow()
+    assert stored[INPUT_ID].to_pylist() == arrived
+    attributes = tables.read(INPUTS).where(F.col(INPUT_ID).isin(arrived)).orderBy(INPUT_ID).toPandas()
+    if arrived:
+        expected = model.features_of_new(attributes.drop(columns=INPUT_ID))
+        np.testing.assert_allclose(
+            matrix(stored[schema.SECOND_MOMENT], gaussian.packed_length(model.d)), expected.second_moment, atol=1e-9
+        )
+    assert audit(tables, settings())["checks"]["features_equal_oracle"]["materialized_since"] == 0
+
+
 @pytest.mark.long
 def test_supervised_features_are_stored_functions_that_new_inputs_without_labels_have_too(tables: Tables) -> None:
     attributed(tables)

@@ -33,6 +33,7 @@ from mtl.config import Settings
 from mtl.errors import StateError
 from mtl.ingest import ingest_files
 from mtl.lock import exclusive
+from mtl.materialize import features_of
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITING
@@ -236,14 +237,17 @@ def test_an_input_with_attributes_gets_features_within_the_batch(live: Tables) -
     assert broken(live) == []
 
 
+@pytest.mark.parametrize("is_catalogued", [False, True])
 @pytest.mark.parametrize(
     ("step", "before"),
     [(None, False), *(pytest.param("_learn_arrivals", b, marks=pytest.mark.long) for b in (False, True))],
 )
-def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
-    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool
+def test_an_input_that_training_had_no_event_of_is_learnt_from_its_events_once(
+    live: Tables, monkeypatch: pytest.MonkeyPatch, step: str | None, before: bool, is_catalogued: bool
 ) -> None:
     live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
+    if is_catalogued:
+        retrain(live, settings(), promote=True)
     of_new = rows(np.arange(TRAINED, 265)).assign(input_id="new", label=9.0)
     for part in (of_new[:5], of_new[5:]):
         append(live, part)
@@ -251,8 +255,8 @@ def test_an_input_that_came_after_training_is_learnt_from_its_events_once(
         with dying(monkeypatch, step, before):
             update(live, ONE_FILE_A_BATCH)
     update(live, ONE_FILE_A_BATCH)
-    stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
     model = load_model(live)
+    stored = features_of(live, model).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
     unlearnt = model.features_of_new(pd.DataFrame({"year": [0.5]}))
     assert stored[schema.N_EVENTS] == 15
     assert unlearnt.offset[0] < stored[schema.OFFSET] < 9.0

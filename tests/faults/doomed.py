@@ -15,12 +15,19 @@ import sys
 from typing import Any
 
 
-def doom(point: str) -> None:
-    module, name, when, number = point.split(":")
+def owner_of(point: str) -> tuple[Any, str]:
+    """The module or class that the point's function is in, and the function's name."""
+    module, name = point.split(":")[:2]
     *owners, name = name.split(".")
     owner: Any = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
+    return owner, name
+
+
+def doom(point: str) -> None:
+    owner, name = owner_of(point)
+    when, number = point.split(":")[2:]
     real, calls = getattr(owner, name), [0]
 
     @functools.wraps(real)

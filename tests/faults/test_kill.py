@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from doomed import owner_of
 from problems import planted
 from pyspark.sql import SparkSession
 
@@ -48,7 +49,7 @@ POINTS = {
         "mtl.ingest:_quarantine:after:0",
         "mtl.ingest:_insert:before:0",
         "mtl.ingest:_insert:after:0",
-        "mtl.ingest:_close:after:0",
+        "mtl.ingest:close:after:0",
     ],
     "update": [
         "mtl.updater:Updater._set_aside:before:0",
@@ -208,6 +209,12 @@ def place(trained: Path, java: str, spark: SparkSession, tmp_path: Path) -> Iter
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     yield Place(tmp_path, spark, java)
     shutil.rmtree(tmp_path / "tables")
+
+
+def test_every_named_point_is_in_the_code() -> None:
+    for point in (point for points in POINTS.values() for point in points):
+        owner, name = owner_of(point)
+        assert callable(getattr(owner, name)), point
 
 
 @pytest.mark.skipif(not LONG, reason="of the long campaign: make faults")

@@ -55,9 +55,25 @@ def posteriors(
         prior_precision: S⁻¹, (d, d).
         noise: σ², squared label units.
     """
+    return gaussian.posterior(*_canonical(precision, information, prior_mean, prior_precision, noise))
+
+
+def means(precision: Array, information: Array, prior_mean: Array, prior_precision: Array, noise: float) -> Array:
+    """The means of :func:`posteriors` alone, (n, d)."""
+    found = np.empty_like(prior_mean)
+    for part in gaussian.parts(len(found), found.shape[1], _CACHE_BYTES):
+        of = precision[part], information[part], prior_mean[part]
+        found[part] = gaussian.means(*_canonical(*of, prior_precision, noise))
+    return found
+
+
+def _canonical(
+    precision: Array, information: Array, prior_mean: Array, prior_precision: Array, noise: float
+) -> tuple[Array, Array]:
+    """Λ, packed (n, d(d+1)/2), and η, (n, d)."""
     # Not by BLAS, whose rounding of a row depends on how many others there are: a prediction can be rebuilt to the last bit.
     towards = np.einsum("nd,de->ne", prior_mean, prior_precision)
-    return gaussian.posterior(precision / noise + gaussian.pack(prior_precision), information / noise + towards)
+    return precision / noise + gaussian.pack(prior_precision), information / noise + towards
 
 
 class Extended(NamedTuple):

@@ -112,6 +112,11 @@ class FittedBasis:
             return Posterior(mean, np.zeros_like(precision), np.zeros(len(mean)))
         return alternation.posteriors(precision, information, mean, np.linalg.inv(self.covariance), noise)
 
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        if not self.residual:
+            return mean
+        return alternation.means(precision, information, mean, np.linalg.inv(self.covariance), noise)
+
     def moments(self, inputs: Posterior, attributes: Array) -> Moments:
         residual = inputs._replace(mean=inputs.mean - self.mean(attributes))
         return Moments.of(residual, np.empty((len(attributes), 0)))

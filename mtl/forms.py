@@ -120,6 +120,12 @@ class PartlyGiven:
         evidence = self.given.evidence(precision, information, values)
         return self.given.whole(self.learnt.conditional(*evidence, mean[:, self.given.learnt], noise), values)
 
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        evidence = self.given.evidence(precision, information, mean[:, list(self.given.places)])
+        whole = mean.copy()
+        whole[:, self.given.learnt] = self.learnt.conditional_mean(*evidence, mean[:, self.given.learnt], noise)
+        return whole
+
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
         return self.conditional(precision, information, self.mean(attributes), noise)
 

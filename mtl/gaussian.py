@@ -118,6 +118,33 @@ def posterior(precision: Array, information: Array) -> Posterior:
     return found
 
 
+def means(precision: Array, information: Array) -> Array:
+    """The means of :func:`posterior` alone, (n, d), in a third of its time where all matrices fit in a cache.
+
+    By elimination, Λ = U D Uᵀ, all matrices at once. A row's mean is the same to the last bit whatever others are beside it.
+
+    Raises:
+        numpy.linalg.LinAlgError: a precision is not positive definite.
+    """
+    d = information.shape[1]
+    left, mean = precision.T.copy(), information.T.copy()  # the batch is the fast axis
+    diagonal = place(d).diagonal()
+    rows = [left[first : first + d - j] for j, first in enumerate(diagonal)]  # of the triangle
+    for j, row in enumerate(rows):
+        pivot = row[0].copy()
+        if not (pivot > 0).all():
+            raise np.linalg.LinAlgError(_NOT_DEFINITE)
+        scaled = row / pivot
+        for i in range(1, d - j):
+            rows[j + i] -= row[i:] * scaled[i]
+            mean[j + i] -= mean[j] * scaled[i]
+        mean[j] /= pivot
+        row[:] = scaled
+    for j in reversed(range(1, d)):
+        mean[:j] -= left[place(d)[:j, j]] * mean[j]  # no sum over an axis, which rounds as the other's length has it
+    return mean.T
+
+
 def inverse(packed: Array, d: int) -> tuple[Array, Array]:
     """Inverses and log-determinants of n positive definite matrices, packed (n, d(d+1)/2).
 

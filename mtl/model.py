@@ -105,6 +105,10 @@ class Model:
         """Users' weights from their data sums (packed (n, ·) and (n, d)) and prior means (n, d)."""
         return self.artefact.users.conditional(a, b, prior_mean, self.noise)
 
+    def user_weights(self, a: Array, b: Array, prior_mean: Array) -> Array:
+        """The means of :meth:`user_posteriors` alone, (n, d)."""
+        return self.artefact.users.conditional_mean(a, b, prior_mean, self.noise)
+
 
 def _encoded(encoder: InputEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
     z = encoder(attributes)

@@ -69,8 +69,11 @@ class VectorPrior(Protocol):
     def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         """Posteriors of n vectors of known prior means given their data; see :func:`mtl.alternation.posteriors`."""
 
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        """The means of :meth:`conditional` alone, (n, d)."""
+
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
-        """The same, with the prior means of the attributes."""
+        """:meth:`conditional`, with the prior means of the attributes."""
 
     def moments(self, vectors: Posterior, attributes: Array) -> Moments: ...
 
@@ -112,6 +115,9 @@ class Prior:
 
     def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         return alternation.posteriors(precision, information, mean, self.precision, noise)
+
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        return alternation.means(precision, information, mean, self.precision, noise)
 
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
         return self.conditional(precision, information, self.mean(attributes), noise)
@@ -168,6 +174,9 @@ class Wrapped:
 
     def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         return self.prior.conditional(precision, information, mean, noise)
+
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        return self.prior.conditional_mean(precision, information, mean, noise)
 
     def posteriors(self, precision: Array, information: Array, attributes: Array, noise: float) -> Posterior:
         return self.conditional(precision, information, self.mean(attributes), noise)

@@ -108,7 +108,7 @@ class Live:
                 posteriors = partial(
                     model.user_posteriors, prior_mean=np.tile(prior_mean, (users.stop - users.start, 1))
                 )
-                a, b, _ = settle(
+                a, b = settle(
                     of.weight_matrix[users],
                     of.label_matrix[users],
                     features.take(places[of.inputs]),

@@ -140,13 +140,13 @@ def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> It
         posteriors = partial(prior.conditional, mean=mean, noise=noise)
         matrices = block.weight_matrix[part], block.label_matrix[part]
         of_part = part_of(offsets, block.entries(part))
-        a, b, users = settle(*matrices, features, posteriors, loss, offsets=of_part)
+        a, b = settle(*matrices, features, posteriors, loss, offsets=of_part)
         columns = {
             schema.MODEL_VERSION: pa.array(np.full(len(b), version)),
             schema.USER_ID: block.users[part],
             schema.A: lists(a),
             schema.B: lists(b),
-            schema.W: lists(users.mean),
+            schema.W: lists(prior.conditional_mean(a, b, mean, noise)),
             schema.PRIOR_MEAN: lists(mean),
             schema.N_EVENTS: pa.array(block.n_events[part]),
         }

@@ -152,7 +152,7 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
     turn = events[TURN].to_numpy() if TURN in events.column_names else np.ones(len(events), np.int64)
     time = _times(events, model) if model.half_life_days else None
     offsets = offsets_of(events, model.artefact.effects)
-    w, loss = np.empty_like(b), LOSSES[model.loss]
+    loss = LOSSES[model.loss]
     for now in np.unique(turn):
         chosen = turn == now
         mine, label, weight = row[is_event][chosen], events[LABEL].to_numpy()[chosen], events[WEIGHT].to_numpy()[chosen]
@@ -170,13 +170,16 @@ def add_events(table: pa.Table, model: Model, inputs: SharedInputs, default_mean
             before = None if now == TRAINING else (a[of], b[of])
             within = slice(weights.indptr[part.start], weights.indptr[min(part.stop, len(members))])
             told = weights[part], labels[part], inputs.features
-            a[of], b[of], known = settle(*told, posteriors, loss, before, part_of(rest, within))
-            w[of] = known.mean
-    n_events += np.bincount(row[is_event], minlength=len(users))
-    vectors = (lists(values) for values in (a, b, w, prior_mean))
-    columns = [users, *vectors, pa.array(n_events), decay.timestamps(reference)]
-    touched = pa.array(np.bincount(row[is_event], minlength=len(users)) > 0)
-    return pa.record_batch(columns, list(WRITTEN)).filter(touched)
+            a[of], b[of] = settle(*told, posteriors, loss, before, part_of(rest, within))
+    new = np.bincount(row[is_event], minlength=len(users))
+    n_events += new
+    if not new.all():
+        touched = np.flatnonzero(new)
+        users = users.take(pa.array(touched))
+        a, b, prior_mean = a[touched], b[touched], prior_mean[touched]
+        n_events, reference = n_events[touched], reference[touched]
+    vectors = (lists(values) for values in (a, b, model.user_weights(a, b, prior_mean), prior_mean))
+    return pa.record_batch([users, *vectors, pa.array(n_events), decay.timestamps(reference)], list(WRITTEN))
 
 
 def fill_prior_means(into: Array, row: np.ndarray, column: pa.ChunkedArray, is_state: np.ndarray) -> None:

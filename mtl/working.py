@@ -82,8 +82,8 @@ def settle(
     loss: Loss,
     before: tuple[Array, Array] | None = None,
     offsets: Offsets | None = None,
-) -> tuple[Array, Array, Posterior]:
-    """Users' working sums A and b and their posteriors, given the features: the same for the same events.
+) -> tuple[Array, Array]:
+    """Users' working sums A, packed (users, d(d+1)/2), and b, (users, d), given the features: the same for the same events.
 
     Under another loss than the squared one, working values and posteriors are computed in turn: from nothing until they
     have settled, or, with sums ``before``, a few times about what those users were known to be. What an event adds then
@@ -92,7 +92,7 @@ def settle(
     Args:
         weights, labels: c and c·y, (users, inputs), of one pattern.
         posteriors: (A, b) → the users' posteriors under their prior.
-        before: A, packed (users, d(d+1)/2), and b, (users, d), of earlier events.
+        before: A and b of earlier events.
         offsets: a known part of h of every entry; None where it is 0.
     """
     n, d = weights.shape[0], features.phi.shape[1]
@@ -101,9 +101,8 @@ def settle(
         a, b = alternation.user_sums(weights, left(weights, labels, offsets), features)
         a += start[0]
         b += start[1]
-        return a, b, posteriors(a, b)
-    users = posteriors(*start)
-    mean, variance = added(beliefs(weights, users, features), offsets)
+        return a, b
+    mean, variance = added(beliefs(weights, posteriors(*start), features), offsets)
     if not loss.is_bounded:
         mean, variance = loss.start(weights.data, labels.data, loss.response(mean, np.zeros_like(mean)))
     for remaining in reversed(range(ADDING_PASSES if before else SETTLING_PASSES)):
@@ -112,13 +111,12 @@ def settle(
         a, b = alternation.user_sums(precise, left(precise, informed, offsets), features)
         a += start[0]
         b += start[1]
-        users = posteriors(a, b)
         if remaining:
-            reached, spread = added(beliefs(weights, users, features), offsets)
+            reached, spread = added(beliefs(weights, posteriors(a, b), features), offsets)
             if not loss.is_bounded:
                 reached, spread = mean + np.clip(reached - mean, *_NEWTON_STEP), (variance + spread) / 2
             mean, variance = reached, spread
-    return a, b, users
+    return a, b
 
 
 def left(weights: sp.csr_matrix, labels: sp.csr_matrix, offsets: Offsets | None) -> sp.csr_matrix:

@@ -41,6 +41,9 @@ class WithZeros(Wrapped):
     def conditional(self, precision: Array, information: Array, mean: Array, noise: float) -> Posterior:
         return self.prior.conditional(precision + self.precision, information + self.information, mean, noise)
 
+    def conditional_mean(self, precision: Array, information: Array, mean: Array, noise: float) -> Array:
+        return self.prior.conditional_mean(precision + self.precision, information + self.information, mean, noise)
+
 
 def without_zeros(prior: VectorPrior) -> VectorPrior:
     return prior.prior if isinstance(prior, WithZeros) else prior

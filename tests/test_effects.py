@@ -137,10 +137,8 @@ def test_settled_users_with_offsets_are_a_glm_with_offsets(loss: str) -> None:
     )
     certain = _features(phi)
     flat = _flat_prior(d)
-    _, _, users = settle(
-        block.weight_matrix, block.label_matrix, certain, flat, LOSSES[loss], offsets=block.offsets(())
-    )
-    np.testing.assert_allclose(users.mean[0], wanted, atol=0.02)
+    a, b = settle(block.weight_matrix, block.label_matrix, certain, flat, LOSSES[loss], offsets=block.offsets(()))
+    np.testing.assert_allclose(flat(a, b).mean[0], wanted, atol=0.02)
 
 
 def test_an_offset_is_a_shift_of_the_labels_for_squared_loss() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +20,10 @@ from mtl.features import Features
 from mtl.forms import Form, Given, PartlyGiven, partly_given
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
-from mtl.prior import Prior
+from mtl.prior import Prior, VectorPrior
 from mtl.train import Schedule
 from mtl.working import settle
+from mtl.zeros import WithZeros
 
 FORMS = {
     "shared_basis": Form(2),
@@ -103,13 +107,8 @@ def test_one_random_effect_is_that_of_a_mixed_model() -> None:
     )
     prior = Prior(np.eye(1), np.asarray(theirs.cov_re), np.zeros((1, 2)))
     block = blocks.build(_ids(user), np.arange(n), y, np.ones(n), _ids(np.arange(users)), np.ones((users, 1)))
-    _, _, ours = settle(
-        block.weight_matrix,
-        block.label_matrix,
-        features,
-        lambda a, b: prior.posteriors(a, b, block.attributes, theirs.scale),
-        LOSSES["squared"],
-    )
+    posteriors = partial(prior.posteriors, attributes=block.attributes, noise=theirs.scale)
+    ours = posteriors(*settle(block.weight_matrix, block.label_matrix, features, posteriors, LOSSES["squared"]))
     wanted = pd.DataFrame({f"u{u}": effect.to_numpy() for u, effect in theirs.random_effects.items()}).T
     np.testing.assert_allclose(ours.mean, wanted.loc[block.users.to_pylist()].to_numpy(), atol=1e-6)
 
@@ -143,13 +142,8 @@ def test_a_user_of_many_events_has_the_weights_of_a_generalized_linear_model(los
     block = blocks.build(
         _ids(np.zeros(n, int)), np.arange(n), y.astype(float), np.ones(n), _ids(np.zeros(1, int)), np.ones((1, 1))
     )
-    _, _, ours = settle(
-        block.weight_matrix,
-        block.label_matrix,
-        features,
-        lambda a, b: prior.posteriors(a, b, block.attributes, 1.0),
-        LOSSES[loss],
-    )
+    posteriors = partial(prior.posteriors, attributes=block.attributes, noise=1.0)
+    ours = posteriors(*settle(block.weight_matrix, block.label_matrix, features, posteriors, LOSSES[loss]))
     if loss == "logistic":
         theirs = LogisticRegression(C=1.0, fit_intercept=False).fit(z, y).coef_[0]
     else:
@@ -178,6 +172,32 @@ def test_given_entries_come_back_certain_and_learnt_ones_as_if_they_were_known()
         found.mean, np.linalg.solve(full, (information / 0.7 + mean @ S_inverse)[..., None])[..., 0], atol=1e-6
     )
     np.testing.assert_allclose(covariance, np.linalg.inv(full), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["learnt", "partly given", "with zeros", "oracle", "certain oracle"])
+def test_means_alone_are_those_of_the_posteriors(kind: str) -> None:
+    random = np.random.default_rng(6)
+    n, d = 30, 4
+    prior = Prior(np.eye(3), np.diag([0.5, 2.0, 0.7, 1.0]), random.normal(size=(3, d)))
+    of: VectorPrior = {
+        "learnt": lambda: prior,
+        "partly given": lambda: PartlyGiven(
+            Prior(np.eye(3), np.eye(3), prior.coefficients[:, 1:]), Given(d, (2,), (1,))
+        ),
+        "with zeros": lambda: WithZeros(prior, gaussian.pack(np.eye(d)), np.arange(4.0)),
+        "oracle": lambda: replace(
+            OracleBasis.start(fit_ridge, d, 0.3, residual=True), covariance=np.diag([0.5, 2, 1, 1])
+        ),
+        "certain oracle": lambda: OracleBasis.start(fit_ridge, d, 0.3, residual=False),
+    }[kind]()
+    root = random.normal(size=(n, d, d))
+    evidence = (
+        gaussian.pack(root @ root.transpose(0, 2, 1)),
+        random.normal(size=(n, d)),
+        random.normal(size=(n, d)),
+        0.7,
+    )
+    np.testing.assert_allclose(of.conditional_mean(*evidence), of.conditional(*evidence).mean, atol=1e-12)
 
 
 def test_an_oracle_is_fitted_on_what_given_entries_leave() -> None:

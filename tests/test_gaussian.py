@@ -62,6 +62,15 @@ def test_inverses_and_log_determinants_are_those_of_numpy_for_every_dimension(d:
     np.testing.assert_allclose(log_determinants, np.linalg.slogdet(matrices)[1], atol=1e-10)
 
 
+@pytest.mark.parametrize("d", [1, 2, 3, 11, 21, 40])
+def test_means_alone_solve_the_normal_equations_whoever_is_beside(d: int) -> None:
+    matrices, information = definite(d, 20, d), np.random.default_rng(d).normal(size=(20, d))
+    found = gaussian.means(gaussian.pack(matrices), information)
+    np.testing.assert_allclose(found, np.linalg.solve(matrices, information[..., None])[..., 0], rtol=1e-8)
+    alone = [gaussian.means(gaussian.pack(matrices[i : i + 1]), information[i : i + 1])[0] for i in range(20)]
+    np.testing.assert_array_equal(found, alone)
+
+
 @pytest.mark.parametrize("n", [0, 1, 20_000])
 def test_a_batch_of_any_length_is_inverted_matrix_by_matrix(n: int) -> None:
     matrices = definite(0, n, 2)
@@ -82,8 +91,9 @@ def test_one_matrix_that_is_not_definite_is_an_error(d: int, flaw: str, n: int) 
         "zero": np.zeros((d, d)),
         "not a number": np.full((d, d), np.nan),
     }[flaw]
-    with pytest.raises(np.linalg.LinAlgError):
-        gaussian.posterior(gaussian.pack(matrices), np.zeros((n, d)))
+    for solve in (gaussian.posterior, gaussian.means):
+        with pytest.raises(np.linalg.LinAlgError):
+            solve(gaussian.pack(matrices), np.zeros((n, d)))
 
 
 def test_the_posterior_of_a_two_by_two_example_worked_by_hand() -> None:

@@ -51,12 +51,13 @@ class Planted:
         return pick[0], pick[1]
 
     def settle(self, chosen: Any) -> tuple[Array, Array, Posterior]:
-        return settle(*self.part(chosen), self.features, self.posteriors, self.loss)
+        a, b = settle(*self.part(chosen), self.features, self.posteriors, self.loss)
+        return a, b, self.posteriors(a, b)
 
     def stream(self, a: Array, b: Array, batches: list[np.ndarray]) -> tuple[Array, Array, Posterior]:
         for chosen in batches:
-            a, b, users = settle(*self.part(chosen), self.features, self.posteriors, self.loss, (a, b))
-        return a, b, users
+            a, b = settle(*self.part(chosen), self.features, self.posteriors, self.loss, (a, b))
+        return a, b, self.posteriors(a, b)
 
 
 @pytest.mark.parametrize("loss", NOT_SQUARED)

@@ -229,7 +229,7 @@ class View:
         nothing = np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d))
         effects = self.model.artefact.effects
         rest = np.array([of_one(e.event.offset, e.event.context, effects) for e in events])
-        _, _, after = settle(weights, labels, features, posteriors, self.loss, nothing, Offsets(*rest.T))
+        after = posteriors(*settle(weights, labels, features, posteriors, self.loss, nothing, Offsets(*rest.T)))
         quadratic = scorer.quadratics(after.mean, after.covariance)[0]
         return Weights(after.mean[0], quadratic, before.n_events + n)
 

@@ -169,7 +169,7 @@ class OracleBasis(FittedBasis):
         cls,
         oracle: Oracle,
         d: int,
-        variance: float,
+        variance: float | Array,
         residual: bool,
         strategy: Strategy | None = None,
         fit_all: FitAll | None = None,

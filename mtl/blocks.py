@@ -167,11 +167,9 @@ class EventBlock:
     @property
     def pattern(self) -> sp.csr_matrix:
         """1 where a user has an event of an input, once however many there are."""
-        pairs = self.matrix(np.ones(len(self.places)))
-        if self.offset is not None or self.contexts is not None:
-            pairs = pairs.copy()
-            pairs.sum_duplicates()
-            pairs.data[:] = 1.0
+        pairs = self.matrix(np.ones(len(self.places))).copy()
+        pairs.sum_duplicates()
+        pairs.data[:] = 1.0
         return pairs
 
     def parts(self, size: int = USERS_AT_ONCE) -> Iterator[slice]:

@@ -39,12 +39,18 @@ class Catalogue:
     total_weight: float  # Σ c
     mean_label: float  # weighted, like all that follows
     mean_offset: float
+    has_offsets: bool
     label_variance: float  # Σ c (y − μ)² / n of what events and zeros count
     counted: float  # what the events count
     trained: Totals  # of the events that θ is trained on
     kept: Totals  # of these and the events held out
     label_min: float
     label_max: float
+
+    @property
+    def spread(self) -> float:
+        """Variance of the labels, whatever their weights add up to."""
+        return self.label_variance * self.counted / self.total_weight
 
     def with_zeros(self, n_users: int, weight: float) -> Catalogue:
         """With an event of label 0 and this weight for each pair of a user and an input (:mod:`mtl.zeros`)."""
@@ -54,6 +60,7 @@ class Catalogue:
         squares = self.label_variance * self.counted + self.mean_label**2 * self.total_weight
         return replace(
             self,
+            total_weight=total,
             mean_label=mean,
             label_variance=(squares - mean**2 * total) / (self.counted + n),
             counted=self.counted + n,
@@ -80,6 +87,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         "c": F.sum(c),
         "cy": F.sum(c * y),
         "cyy": F.sum(c * y * y),
+        "offsets": F.count(OFFSET) if OFFSET in events.columns else F.lit(0),
         "co": F.sum(c * F.coalesce(F.col(OFFSET), F.lit(0.0))) if OFFSET in events.columns else F.lit(0.0),
         **{f"n_{part}": F.sum(F.when(inside, counted).otherwise(0.0)) for part, inside in parts.items()},
         **{f"cyy_{part}": F.sum(F.when(inside, c * y * y).otherwise(0.0)) for part, inside in parts.items()},
@@ -110,6 +118,7 @@ def read_catalogue(events: DataFrame, known: pd.Series, loss: Loss) -> Catalogue
         total_weight=weight,
         mean_label=mean,
         mean_offset=float(totals["co"].sum()) / weight,
+        has_offsets=bool(totals["offsets"].any()),
         label_variance=square / counted - mean * mean * weight / counted,
         counted=counted,
         **of,

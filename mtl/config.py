@@ -113,7 +113,7 @@ class TrainSettings(_Section):
     partitions: int = Field(ge=0)
     reduction: Literal["auto", "driver", "distributed"]
     driver_limit_mb: int = Field(ge=1)
-    seed: int
+    seed: int = Field(ge=0)
 
 
 class OracleSettings(_Section):

@@ -30,8 +30,10 @@ def without_columns(rows: DataFrame, names: Sequence[str]) -> DataFrame:
     return rows.drop(*(COLUMN + name for name in names))
 
 
-def start(events: DataFrame, names: Sequence[str]) -> Effects:
-    """Effects of all values that there are, before anything is learnt; the values pass through the driver.
+def start(events: DataFrame, names: Sequence[str], spread: float) -> Effects:
+    """Effects of all values that there are, before anything is learnt of an h of this variance.
+
+    The values pass through the driver.
 
     Raises:
         ConfigError: no event has a value of one of the contexts, or it has another column's name.
@@ -45,7 +47,7 @@ def start(events: DataFrame, names: Sequence[str]) -> Effects:
                 f"model.contexts: no event has a value of {name}: ingest events, with this setting, from files with a column "
                 "of that name"
             )
-        found.append(Effect.start(name, values.combine_chunks().sort()))
+        found.append(Effect.start(name, values.combine_chunks().sort(), spread))
     return tuple(found)
 
 

@@ -36,6 +36,7 @@ from mtl.userstep import Specification, UserStep
 
 SHARD_INPUTS = 16_384
 
+_REFUSED = "settings that need this are refused beforehand (mtl.fitting)"
 _PARTITION, _SHARD = "partition", "shard"
 _PIECE = f"{_PARTITION} int, {_SHARD} int, inputs binary, payload binary, reply binary"
 _PIECE_NAMES = [_PARTITION, _SHARD, "inputs", "payload", "reply"]
@@ -118,14 +119,14 @@ class DistributedEngine:
 
     @property
     def inputs(self) -> Posterior:
-        raise ConfigError('train.checkpoint works with train.reduction = "driver" only')
+        raise NotImplementedError(_REFUSED)
 
     @inputs.setter
     def inputs(self, vectors: Posterior) -> None:
-        raise ConfigError('train.checkpoint works with train.reduction = "driver" only')
+        raise NotImplementedError(_REFUSED)
 
     def train_on_all(self, squared_labels: float) -> None:
-        raise ConfigError('train.holdout works with train.reduction = "driver" only')
+        raise NotImplementedError(_REFUSED)
 
     def snapshot(self) -> Any:
         return self.state

@@ -87,8 +87,9 @@ def weight_distance(tables: Tables, model: Model) -> float | None:
     One pass over the version's users; None where none has events.
     """
     variances = np.diag(model.artefact.users.covariance)
-    scale = F.array(*(F.lit(float(1 / variance)) for variance in variances))
+    learnt = variances > 0  # others are attributes of the user, and do not move
+    scale = F.array(*(F.lit(float(x)) for x in np.divide(1, variances, out=np.zeros_like(variances), where=learnt)))
     squares = F.zip_with(F.zip_with(schema.W, schema.PRIOR_MEAN, lambda w, m: (w - m) ** 2), scale, lambda x, s: x * s)
-    distance = F.aggregate(squares, F.lit(0.0), lambda total, x: total + x) / model.d
+    distance = F.aggregate(squares, F.lit(0.0), lambda total, x: total + x) / float(learnt.sum())
     users = tables.read(schema.USERS).where((F.col(MODEL_VERSION) == model.version) & (F.col(schema.N_EVENTS) > 0))
     return users.agg(F.mean(distance)).first()[0]

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mtl.gaussian import Array
 
-_START = 0.1  # τ² before anything is learnt
+_START = 0.1  # τ² before anything is learnt, in squared units of h
 
 
 class Offsets(NamedTuple):
@@ -46,10 +46,10 @@ class Effect:
     prior: float  # τ², squared units of h
 
     @classmethod
-    def start(cls, name: str, values: pa.Array) -> Effect:
-        """Before anything is learnt. While training lasts an event without a value has the effect 0."""
-        spread = np.append(np.full(len(values), _START), 0.0)
-        return cls(name, values, np.zeros(len(values) + 1), spread, _START)
+    def start(cls, name: str, values: pa.Array, spread: float = 1.0) -> Effect:
+        """Before anything is learnt, of an h of this variance. While training lasts an event without a value has the effect 0."""
+        variance = np.append(np.full(len(values), _START * spread), 0.0)
+        return cls(name, values, np.zeros(len(values) + 1), variance, _START * spread)
 
     def learn(self, precision: Array, information: Array, noise: float) -> Effect:
         """The posteriors given Σ c and Σ c (z − rest of h) of every value, (n,) each; then τ² of highest evidence."""

@@ -148,7 +148,7 @@ class FunctionBasis(FittedBasis):
         weight_decay: float,
         p: int,
         d: int,
-        variance: float,
+        variance: float | Array,
         residual: bool,
         seed: int = 0,
     ) -> FunctionBasis:

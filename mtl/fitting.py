@@ -50,6 +50,8 @@ MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
 _CHECKED_INPUTS = 32  # that a user's function is tried on before training
 _SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
+_LARGEST_MEAN = 100.0  # of the labels, in their standard deviations, for which single precision has digits enough
+_EVENTS_PER_PARTITION = 20_000_000  # at most: a partition's events are one row, with 2 GB to a column
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
 
 
@@ -81,25 +83,32 @@ def train(
     half_life, last = settings.model.half_life_days, None
     if half_life:
         last, events = last_times(events, schema.REFERENCE_TIME), with_ages(events, half_life)
-    effects = contexts.start(events, settings.model.contexts)
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user, batches)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
     _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
-    if not catalogue.trained.n:
+    if not catalogue.trained.n and batches is not None:
         raise StateError("train.incremental: there is no event since the live version's training")
+    if not catalogue.trained.n:
+        raise StateError("train.holdout: all events are held out, and none is left to train on")
+    if zero_weight and catalogue.has_offsets:
+        raise ConfigError(
+            "model.implicit_weight: events have offsets, which zeros have not: set model.implicit_weight = 0"
+        )
     log.info("retrain: %d events, %d inputs", catalogue.n_events, len(catalogue.ids))
+    effects = contexts.start(events, settings.model.contexts, _spread(catalogue, loss))
 
     lock, n_inputs = settings.train.lock, len(catalogue.ids)
     kept = live.model.artefact if live else None
-    if kept and "features" in lock:
-        input_encoder = kept.input_encoder
+    if kept and (lock or batches is not None):  # entries of w and c may be encoded attributes
+        input_encoder, user_encoder = kept.input_encoder, kept.user_encoder
     else:
         input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
-    sample = users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID)
-    user_encoder = kept.user_encoder if kept and "users" in lock else Encoder.fit(sample, settings.encode)
+        user_encoder = Encoder.fit(users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID), settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
-    n_partitions = settings.train.partitions or cores(events.sparkSession)
+    n_partitions = settings.train.partitions or max(
+        cores(events.sparkSession), -(-catalogue.n_events // _EVENTS_PER_PARTITION)
+    )
     undescribed = partition_events(events, encoded, user_encoder.width, catalogue.ids, n_partitions, effects)
 
     identity = settings.oracle.kind == "identity"
@@ -120,10 +129,12 @@ def train(
         form, mu = live.model.form, live.model.mean_label
     else:
         form = _form(settings, n_users, n_inputs, input_encoder, user_encoder)
+        if live and "users" in lock:
+            form = _form_of_live(form, "train.lock", settings, live)
         mu = loss.link(catalogue.mean_label) - catalogue.mean_offset
     earlier = None
     if live and batches is not None:
-        form, mu = _form_of_live(form, settings, live), live.model.mean_label
+        form, mu = _form_of_live(form, "train.incremental", settings, live), live.model.mean_label
         earlier = live.of_inputs(catalogue.ids, mu)
     specification = Specification(
         attributes=described,
@@ -133,13 +144,14 @@ def train(
         squared_labels=catalogue.trained.squared_labels,
         seed=settings.train.seed,
         known=live.known(catalogue, form, mu, described, complete="features" in lock) if live else None,
-        precision=_precision(settings.train, catalogue.n_events),
+        precision=_precision(settings.train, catalogue),
         zero_weight=zero_weight,
         effects=effects,
         earlier=earlier,
+        spread=_spread(catalogue, loss),
     )
-    make = DistributedEngine if _distributes(settings.train, len(catalogue.ids), form.d) else SparkEngine
-    engine = make(rows, specification)
+    distributes = _distributes(settings.train, len(catalogue.ids), form.d)
+    engine = (DistributedEngine if distributes else SparkEngine)(rows, specification)
     try:
         fit = _fit(engine, settings, specification, user_gram, catalogue, live, checkpoint)
     except BaseException:
@@ -189,28 +201,34 @@ def _refuse_contradictions(settings: Settings, live: Live | None) -> None:
     if model.implicit_weight:
         if model.loss != "squared":
             raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {model.loss}')
-        if settings.train.holdout:
-            raise ConfigError("model.implicit_weight: set train.holdout = 0, for zeros cannot be held out")
+        for name in ("holdout", "max_events_per_user"):
+            if getattr(settings.train, name):
+                raise ConfigError(
+                    f"model.implicit_weight: set train.{name} = 0, for an event left out would count as a zero"
+                )
         if model.half_life_days:
             raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
         if model.contexts:
             raise ConfigError("model.contexts: set model.implicit_weight = 0, for zeros have no context")
+    if settings.train.holdout and settings.train.iterations != "auto":
+        raise ConfigError('train.holdout chooses the number of iterations: set train.iterations = "auto"')
+    if live and model.loss != live.model.loss and (settings.train.lock or live.batches is not None):
+        kept = "train.lock" if settings.train.lock else "train.incremental"
+        raise ConfigError(f"{kept}: the live version's model.loss is {live.model.loss}, not {model.loss}")
     if live and live.batches is not None:
         for name in ("contexts", "implicit_weight", "half_life_days"):
             if getattr(model, name):
                 raise ConfigError(f"train.incremental does not go with model.{name}")
         if settings.train.lock:
             raise ConfigError("train.incremental: set train.lock = [], for locked parts learn nothing")
-        if model.loss != live.model.loss:
-            raise ConfigError(f"train.incremental: the live version's loss is {live.model.loss}")
 
 
-def _form_of_live(form: Form, settings: Settings, live: Live) -> Form:
-    """The live version's form, which the settings must ask for."""
+def _form_of_live(form: Form, name: str, settings: Settings, live: Live) -> Form:
+    """The live version's form, which the settings must ask for where the setting ``name`` keeps a part of it."""
     wanted = replace(form, k=live.model.form.k) if settings.model.k == "auto" else form
     if wanted != live.model.form:
         raise ConfigError(
-            f"train.incremental is for the live version's form, with k = {live.model.form.k} and the same columns of attributes"
+            f"{name} is for the live version's form, with k = {live.model.form.k} and the same columns of attributes"
         )
     return wanted
 
@@ -239,18 +257,28 @@ def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
         raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
 
 
-def _precision(settings: TrainSettings, n_events: int) -> str:
+def _spread(catalogue: Catalogue, loss: Loss) -> float:
+    """Variance that h can be thought to have before anything is learnt."""
+    return catalogue.spread if loss.is_quadratic else 1.0
+
+
+def _precision(settings: TrainSettings, catalogue: Catalogue) -> str:
     if settings.precision == "auto":
-        return "single" if n_events >= _SINGLE_FROM else "double"
+        # The noise is what is left of sums of squares, in which a large mean takes the digits.
+        is_centred = catalogue.mean_label**2 <= _LARGEST_MEAN**2 * catalogue.spread
+        return "single" if catalogue.n_events >= _SINGLE_FROM and is_centred else "double"
     return settings.precision
 
 
 def _distributes(settings: TrainSettings, n_inputs: int, d: int) -> bool:
     """Whether the inputs' sums stay in Spark: as forced, or when they would pass the driver's limit."""
     megabytes = n_inputs * gaussian.packed_length(d + 1) * 8 / 1e6
-    if settings.reduction == "auto":
-        return megabytes > settings.driver_limit_mb
-    return settings.reduction == "distributed"
+    is_large = megabytes > settings.driver_limit_mb
+    distributes = is_large if settings.reduction == "auto" else settings.reduction == "distributed"
+    for name in ("holdout", "checkpoint"):
+        if distributes and getattr(settings, name):
+            raise ConfigError(f'train.{name} works with train.reduction = "driver" only')
+    return distributes
 
 
 def _fit(
@@ -266,16 +294,17 @@ def _fit(
     d_users, d_inputs = len(form.users.learnt), len(form.inputs.learnt)
     oracle, fit_all = make_oracle(settings.oracle), make_fit_all(settings.oracle, engine.rows.sparkSession)
     strategy = make_strategy(settings.train.algorithm, settings.oracle)
-    users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE)
+    start_of_inputs = START_VARIANCE * specification.input_units
+    users: VectorPrior = Prior.start(user_gram, d_users, START_VARIANCE * specification.spread)
     inputs: VectorPrior
     repeated = catalogue.n_events >= _EVENTS_PER_INPUT * int(np.sum(catalogue.counts > 0))
     residual = repeated if settings.oracle.residual == "auto" else settings.oracle.residual
     if settings.train.algorithm == "first_order":
-        inputs = _function_basis(settings, specification.attributes, d_inputs, residual)
+        inputs = _function_basis(settings, specification.attributes, start_of_inputs, residual)
     elif oracle:
-        inputs = OracleBasis.start(oracle, d_inputs, START_VARIANCE, residual, strategy, fit_all)
+        inputs = OracleBasis.start(oracle, d_inputs, start_of_inputs, residual, strategy, fit_all)
     else:
-        inputs = Prior.start(engine.gram(), d_inputs, START_VARIANCE)
+        inputs = Prior.start(engine.gram(), d_inputs, start_of_inputs)
     if live and specification.known:
         users = from_covariance(users, live.model.artefact.users.covariance, form.users)
         inputs = from_covariance(inputs, live.model.artefact.inputs.covariance, form.inputs)
@@ -303,16 +332,17 @@ def _fit(
     return replace(fit, users=unlocked(fit.users), inputs=unlocked(fit.inputs))
 
 
-def _function_basis(settings: Settings, attributes: np.ndarray, d: int, residual: bool) -> FunctionBasis:
+def _function_basis(settings: Settings, attributes: np.ndarray, start: np.ndarray, residual: bool) -> FunctionBasis:
     """The configured function before training, the gradient of a user's own checked on some inputs."""
     if settings.oracle.kind == "identity":
         raise ConfigError('train.algorithm = "first_order" needs attributes of inputs: not oracle.kind = "identity"')
     p, of, seed = attributes.shape[1], settings.function, settings.train.seed
+    d = len(start)
     function = make_function(of, p, d, seed)
     if of.kind in ("custom", "torch"):
         check_gradient(function, p, d, attributes[:_CHECKED_INPUTS])
     optimizer = make_optimizer(of, seed)
-    return FunctionBasis.start(function, optimizer, of.weight_decay, p, d, START_VARIANCE, residual, seed)
+    return FunctionBasis.start(function, optimizer, of.weight_decay, p, d, start, residual, seed)
 
 
 def _alternate(

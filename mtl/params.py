@@ -34,7 +34,7 @@ SETTINGS = {
 }
 """Param → the setting that it stands for."""
 
-_SECTIONS = ("model", "train", "oracle", "encode")  # what a fit looks at
+_SECTIONS = ("model", "train", "oracle", "encode", "function", "supervised")  # what a fit looks at
 _OF_TABLES = (
     "train.warm_start",
     "train.incremental",

@@ -96,8 +96,8 @@ class Prior:
     coefficients: Array  # E[B], (p, d)
 
     @classmethod
-    def start(cls, gram: Array, d: int, variance: float) -> Prior:
-        """Before anything is learnt: mean 0 and independent entries of one ``variance``."""
+    def start(cls, gram: Array, d: int, variance: float | Array) -> Prior:
+        """Before anything is learnt: mean 0 and independent entries of one ``variance``, or of one each, (d,)."""
         return cls(gram, variance * np.eye(d), np.zeros((len(gram), d)))
 
     @cached_property

@@ -28,7 +28,8 @@ class Checkpoint:
     @classmethod
     def of(cls, folder: str, settings: Settings, *data: object) -> Checkpoint:
         """For a training by these settings of data that the other arguments tell apart."""
-        told = repr((settings.model, settings.train, settings.oracle, settings.encode, settings.supervised, data))
+        of = settings.model, settings.train, settings.oracle, settings.function, settings.encode, settings.supervised
+        told = repr((of, data))
         return cls(Path(folder) / "retrain.state", hashlib.sha256(told.encode()).hexdigest())
 
     def save(self, state: State) -> None:

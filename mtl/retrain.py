@@ -29,15 +29,15 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     """
     started, tracked = time.monotonic(), tracking.is_tracked(settings)
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
-    live = _live(tables, settings.train)
-    told_apart = str(tables.root), events_version, inputs_version, live.model.version if live else None
+    users_version, live = tables.version(schema.USER_ATTRIBUTES), _live(tables, settings.train)
+    versions = events_version, inputs_version, users_version, live.model.version if live else None
     trained = train(
         tables.read(schema.EVENTS, events_version),
         tables.read(schema.INPUTS, inputs_version),
-        tables.read(schema.USER_ATTRIBUTES),
+        tables.read(schema.USER_ATTRIBUTES, users_version),
         settings,
         live,
-        _checkpoint(settings, *told_apart),
+        _checkpoint(settings, str(tables.root), *versions),
     )
     try:
         version = models.next_version(tables)

@@ -27,7 +27,7 @@ from mtl.prior import Moments, VectorPrior
 
 log = logging.getLogger("mtl")
 
-START_VARIANCE = 0.2  # of every prior before anything is learnt
+START_VARIANCE = 0.2  # of every prior before anything is learnt, in the units of Specification.spread and input_units
 START_NOISE = (
     0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
 )
@@ -72,16 +72,16 @@ class State(NamedTuple):
 class Schedule:
     """When to stop.
 
-    After ``iterations``; or when one lowers the objective by less than ``tolerance`` of it; or when ``patience`` of them
-    have not improved on the events held out.
+    After ``iterations``; or when one lowers the objective by less than ``tolerance`` an event (nats); or when ``patience`` of
+    them have not improved on the events held out.
     """
 
     iterations: int
     tolerance: float | None = None
     patience: int | None = None
 
-    def is_settled(self, before: float, objective: float) -> bool:
-        return self.tolerance is not None and before - objective < self.tolerance * abs(objective)
+    def is_settled(self, before: float, objective: float, n_events: float) -> bool:
+        return self.tolerance is not None and before - objective < self.tolerance * n_events
 
     def is_overfit(self, held_out: list[float]) -> bool:
         return self.patience is not None and len(held_out) - 1 - int(np.argmin(held_out)) >= self.patience
@@ -151,7 +151,7 @@ def alternate(
         iteration += 1
         if trace:
             report(iteration, trace[-1])
-            if schedule.is_settled(previous, trace[-1]):
+            if schedule.is_settled(previous, trace[-1], n_events):
                 break
             previous = trace[-1]
         if iteration == schedule.iterations:

@@ -22,7 +22,7 @@ from mtl.working import added, beliefs, means
 from mtl.zeros import WithZeros, zeros_of
 
 _START_SCALE = 0.3  # standard deviation of the random start of the factors
-_START_VARIANCE = 0.1
+_START_VARIANCE = 0.1  # of inputs before anything is learnt, in units of Specification.input_units
 _START_CHUNK = 1024  # inputs that share one random stream
 # Of the matrices of users whose posteriors are held at once: larger arrays get their memory from the system anew each time,
 # which costs as much as what is done with it.
@@ -52,6 +52,14 @@ class Specification:
     zero_weight: float = 0.0  # w₀ of the zero of every pair of a user and an input (mtl.zeros)
     effects: Effects = ()  # of the events' contexts, to start from
     earlier: Evidence | None = None  # what earlier events said of all inputs
+    spread: float = 1.0  # squared units of h: the labels' variance where h is in their units
+
+    @property
+    def input_units(self) -> Array:
+        """Squared units of what is learnt of an input: those of h, but of factors, whose units users' weights have, 1."""
+        units = np.full(self.form.d, self.spread)
+        units[1 : 1 + self.form.k] = 1.0
+        return units[self.form.inputs.learnt]
 
     @property
     def rounding(self) -> float:
@@ -70,8 +78,9 @@ class Specification:
         d = len(given.learnt)
         mean = np.zeros((n, d))
         mean[:, 1 : 1 + self.form.k] = np.concatenate(drawn)[skip : skip + n]
-        covariance = np.tile(gaussian.pack(_START_VARIANCE * np.eye(d)), (n, 1))
-        learnt = Posterior(mean, covariance, np.full(n, d * np.log(_START_VARIANCE)))
+        variances = _START_VARIANCE * self.input_units
+        covariance = np.tile(gaussian.pack(np.diag(variances)), (n, 1))
+        learnt = Posterior(mean, covariance, np.full(n, np.log(variances).sum()))
         start = given.whole(learnt, given.of(self.attributes[first : first + n]))
         if self.known is not None:
             within = slice(*np.searchsorted(self.known.places, [first, first + n]))

@@ -64,24 +64,31 @@ class Problem:
     def specification(self, form: int | Form, loss: str = "squared", seed: int = 0) -> Specification:
         """Of a form, or of one with k learnt basis functions and nothing else."""
         chosen, squares = LOSSES[loss], float(self.weight @ self.label**2)
-        return Specification(self.input_attributes, as_form(form), chosen, chosen.link(self.mean_label), squares, seed)
+        mu, spread = chosen.link(self.mean_label), self.spread(loss)
+        return Specification(self.input_attributes, as_form(form), chosen, mu, squares, seed, spread=spread)
+
+    def spread(self, loss: str) -> float:
+        return (self.label_variance if LOSSES[loss].is_quadratic else 0.0) or 1.0
 
     def engine(self, form: int | Form, seed: int = 0, partitions: int = 1, loss: str = "squared") -> LocalEngine:
         users = np.arange(len(self.user_attributes))
         parts = [self.block(users[users % partitions == i]) for i in range(partitions)]
         return LocalEngine(parts, self.specification(form, loss, seed))
 
-    def user_prior(self, form: int | Form) -> VectorPrior:
+    def user_prior(self, form: int | Form, loss: str = "squared") -> VectorPrior:
         given = as_form(form).users
         gram = self.user_attributes.T @ self.user_attributes
-        return partly_given(Prior.start(gram, len(given.learnt), START_VARIANCE), given)
+        return partly_given(Prior.start(gram, len(given.learnt), START_VARIANCE * self.spread(loss)), given)
 
-    def input_prior(self, form: int | Form, oracle: Oracle | None = None, residual: bool = True) -> VectorPrior:
+    def input_prior(
+        self, form: int | Form, oracle: Oracle | None = None, residual: bool = True, loss: str = "squared"
+    ) -> VectorPrior:
         given = as_form(form).inputs
         gram, d = self.input_attributes.T @ self.input_attributes, len(given.learnt)
-        learnt: VectorPrior = Prior.start(gram, d, START_VARIANCE)
+        variances = START_VARIANCE * self.specification(form, loss).input_units
+        learnt: VectorPrior = Prior.start(gram, d, variances)
         if oracle:
-            learnt = OracleBasis.start(oracle, d, START_VARIANCE, residual)
+            learnt = OracleBasis.start(oracle, d, variances, residual)
         return partly_given(learnt, given)
 
     def train(
@@ -95,8 +102,8 @@ class Problem:
     ) -> Fit:
         return alternate(
             engine or self.engine(form, loss=loss),
-            self.user_prior(form),
-            self.input_prior(form, oracle, residual),
+            self.user_prior(form, loss),
+            self.input_prior(form, oracle, residual, loss),
             LOSSES[loss],
             len(self),
             self.label_variance,

@@ -117,3 +117,6 @@ def test_a_block_keeps_earlier_events_apart() -> None:
         np.testing.assert_allclose(found, wanted, atol=1e-12)
     assert block.with_extra(CAPPED, EARLIER).weights.sum() == pytest.approx(problem.weight.sum())
     assert len(problem.block().of_role(EARLIER).places) == 0
+    whole = block.with_extra(CAPPED, EARLIER).pattern
+    assert whole.has_canonical_format
+    assert (whole != problem.block().pattern).nnz == 0  # a pair once, however its events are kept

@@ -142,6 +142,11 @@ def test_an_attribute_that_is_always_the_same_encodes_as_0(value: object) -> Non
     np.testing.assert_allclose(encoder(frame)[:, 1:], 0, atol=1e-12)
 
 
+def test_a_constant_whose_mean_is_rounded_is_no_scale() -> None:
+    encoder, _ = fitted(constant=[0.1] * 7)
+    assert encoder.columns[0].scale == 1.0
+
+
 def test_columns_that_repeat_each_other_do_no_harm_to_the_prior_learnt_from_them() -> None:
     encoder, frame = fitted(a=[1.0, 2.0, 3.0, 4.0], b=[2.0, 4.0, 6.0, 8.0], c=[1, 2, 3, 4])
     z = encoder(frame)

@@ -158,7 +158,7 @@ def full_objective(engine: LocalEngine, users: VectorPrior, inputs: FunctionBasi
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=["linear", "two layers"])
-@pytest.mark.parametrize(("residual", "rounds"), [(False, 1), (True, 50)], ids=["exact", "with residuals"])
+@pytest.mark.parametrize(("residual", "rounds"), [(False, 1), (True, 300)], ids=["exact", "with residuals"])
 def test_the_collapsed_gradient_is_that_of_the_whole_objective_with_users_at_their_optimum(
     function: Differentiable, residual: bool, rounds: int
 ) -> None:
@@ -439,14 +439,14 @@ def test_the_function_and_its_optimizer_are_as_configured() -> None:
 )
 def test_contradictory_settings_say_what_would_be_right(assignments: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        _function_basis(configured(*assignments), np.ones((4, 3)), 2, True)
+        _function_basis(configured(*assignments), np.ones((4, 3)), np.ones(2), True)
 
 
 def test_a_user_s_gradient_is_checked_before_training_and_a_built_in_one_is_trusted() -> None:
     own = configured("function.kind=custom", "function.factory=test_firstorder:Broken")
     with pytest.raises(OracleError, match="wrong in parameter 4"):
-        _function_basis(own, np.random.default_rng(0).normal(size=(40, 3)), 2, True)
-    assert _function_basis(configured(), np.ones((4, 3)), 2, False).theta.shape == (6,)
+        _function_basis(own, np.random.default_rng(0).normal(size=(40, 3)), np.ones(2), True)
+    assert _function_basis(configured(), np.ones((4, 3)), np.ones(2), False).theta.shape == (6,)
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------

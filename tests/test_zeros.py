@@ -112,7 +112,9 @@ def test_totals_with_zeros_are_those_of_zeros_as_events() -> None:
         ids = pa.array([str(i) for i in range(len(of.input_attributes))])
         weight, totals = float(of.weight.sum()), Totals(n, squares)
         low, high = float(of.label.min()), float(of.label.max())
-        return Catalogue(ids, np.empty(0), n, n, weight, of.mean_label, 0.0, variance, n, totals, totals, low, high)
+        return Catalogue(
+            ids, np.empty(0), n, n, weight, of.mean_label, 0.0, False, variance, n, totals, totals, low, high
+        )
 
     found = totals(problem).with_zeros(len(problem.user_attributes), WEIGHT)
     wanted = totals(with_zeros(problem, WEIGHT))

@@ -102,12 +102,18 @@ def test_what_incremental_training_cannot_do_is_refused(live: Tables, tmp_path: 
         retrain(live, settings("train.incremental=true", "model.k=3"))
     with pytest.raises(ConfigError, match=r"does not go with model\.half_life_days"):
         retrain(live, settings("train.incremental=true", "model.half_life_days=3"))
-    with pytest.raises(ConfigError, match="loss is squared"):
+    with pytest.raises(ConfigError, match=r"model\.loss is squared"):
         retrain(live, settings("train.incremental=true", "model.loss=poisson"))
     with pytest.raises(ConfigError, match=r'works with train\.reduction = "driver" only'):
         retrain(live, settings("train.incremental=true", "train.reduction=distributed"))
     with pytest.raises(ConfigError, match=r"set train\.lock"):
         retrain(live, settings("train.incremental=true", 'train.lock=["features"]'))
+    with pytest.raises(ConfigError, match=r"train\.lock: the live version's model\.loss is squared"):
+        retrain(live, settings('train.lock=["features"]', "model.loss=poisson"))
+    with pytest.raises(ConfigError, match=r"train\.lock is for the live version's form, with k = 2"):
+        retrain(live, settings('train.lock=["users"]', "model.k=3"))
+    with pytest.raises(ConfigError, match=r"train\.holdout chooses"):
+        retrain(live, settings("train.holdout=0.1"))
 
 
 def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:

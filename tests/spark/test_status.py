@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from streaming import TRAINED, append, rows, settings
 from test_switch_spark import wait_for
 
 from mtl import schema
-from mtl.drift import Seen
+from mtl.drift import Seen, weight_distance
+from mtl.forms import Given, PartlyGiven
 from mtl.models import load_model
 from mtl.page import page
+from mtl.prior import Prior
 from mtl.schema import INPUT_ID, USER_ID
 from mtl.status import DELAY, batches, cold_start, status
 from mtl.tables import Tables
@@ -73,6 +76,11 @@ def test_the_job_tells_prometheus_and_the_page_what_it_did(live: Tables, tmp_pat
     assert version["weight_distance"] == pytest.approx(
         np.mean(moved / np.diag(load_model(live).artefact.users.covariance))
     )
+    # Weights that are attributes of their users do not move.
+    model, given = load_model(live), Given(3, (2,), (1,))
+    users_prior = PartlyGiven(Prior(np.eye(1), np.eye(2), np.zeros((1, 2))), given)
+    partly = replace(model, artefact=replace(model.artefact, users=users_prior))
+    assert weight_distance(live, partly) == pytest.approx(np.mean(moved[:, :2]))
     # What training saw of φ, event by event.
     events = live.read(schema.EVENTS, load_model(live).events_version).join(live.read(schema.FEATURES), INPUT_ID)
     phi = np.stack(events.select(schema.PHI).toPandas()[schema.PHI])

@@ -106,6 +106,7 @@ def test_a_locked_users_prior_gets_the_zeros_of_its_new_features_once(tables: Ta
     [
         (("model.loss=logistic",), 'model.implicit_weight is for model.loss = "squared", not logistic'),
         (("train.holdout=0.1",), r"model.implicit_weight: set train.holdout = 0"),
+        (("train.max_events_per_user=5",), r"model.implicit_weight: set train.max_events_per_user = 0"),
         (("train.reduction=distributed",), r'model.implicit_weight works with train.reduction = "driver" only'),
     ],
 )

@@ -14,7 +14,20 @@ from pyspark.sql import types as T
 from mtl.config import ModelSettings
 from mtl.errors import ConfigError, InputError
 from mtl.read import MALFORMED, SourceFile, match, quoted
-from mtl.schema import CONTEXT, EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, OFFSET, RAW, REASON, USER_ID, WEIGHT
+from mtl.schema import (
+    CONTEXT,
+    EVENT_ID,
+    EVENT_TIME,
+    INPUT_ID,
+    LABEL,
+    LARGEST,
+    LARGEST_EXPONENT,
+    OFFSET,
+    RAW,
+    REASON,
+    USER_ID,
+    WEIGHT,
+)
 
 EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL, WEIGHT, EVENT_TIME, OFFSET, CONTEXT)
 OFFERED_COLUMNS = EVENT_COLUMNS[:-1]  # of files: contexts come as columns of their own names
@@ -95,6 +108,8 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
     """
     label, weight, offset = F.col(LABEL), F.col(WEIGHT), F.col(OFFSET)
     there = {name: ~F.col(_BLANK + name) for name in (LABEL, WEIGHT, EVENT_TIME, OFFSET)}
+    largest_offset = LARGEST if loss == "squared" else LARGEST_EXPONENT
+    limited = (LABEL, label, LARGEST), (WEIGHT, weight, LARGEST), (OFFSET, offset, largest_offset)
     reasons = [
         (F.col(USER_ID).isNull(), f"{USER_ID} is missing"),
         (F.col(INPUT_ID).isNull(), f"{INPUT_ID} is missing"),
@@ -104,6 +119,7 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
         (there[WEIGHT] & weight.isNull(), f"{WEIGHT} is not a number"),
         (~_finite(weight), f"{WEIGHT} is not finite"),
         (_finite(weight) & (weight <= 0), f"{WEIGHT} is not above 0"),
+        *((_finite(value) & (F.abs(value) > most), f"{name} is beyond {most:g}") for name, value, most in limited),
         (there[OFFSET] & offset.isNull(), f"{OFFSET} is not a number"),
         (~_finite(offset), f"{OFFSET} is not finite"),
         (there[EVENT_TIME] & F.col(EVENT_TIME).isNull(), f"{EVENT_TIME} is not understood"),

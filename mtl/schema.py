@@ -28,6 +28,8 @@ CONTEXT = "context"  # of an event: JSON object of its contexts' values, by name
 EVENT_TIME = "event_time"
 SOURCE = "source"  # the file or stream that offered the row
 BATCH = "batch"  # the ingest batch or update batch that wrote the row
+LARGEST = 1e12  # label, weight and offset of an event: of larger ones nothing else is left in a sum
+LARGEST_EXPONENT = 100.0  # offset where h is an exponent, as under logistic and Poisson loss
 
 # Quarantine
 RAW = "raw"  # the refused row as it came, as JSON

@@ -11,11 +11,13 @@ users equal a from-scratch pass as before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy.sparse as sp
 
 from mtl import alternation, blocks, features, gaussian, schema
 from mtl.alternation import Extended
@@ -23,7 +25,7 @@ from mtl.arrow import lists, matrix
 from mtl.contexts import offsets_of
 from mtl.features import Features
 from mtl.gaussian import Array
-from mtl.losses import LOSSES
+from mtl.losses import LOSSES, Loss
 from mtl.model import Model
 from mtl.schema import INPUT_ID, LABEL, USER_ID, WEIGHT
 from mtl.score import STATE, states_of
@@ -73,11 +75,25 @@ def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Ar
     loss = LOSSES[model.loss]
     if not loss.is_quadratic:
         believed = added(beliefs(weights, users, inputs.current.take(which)), offsets)
+        if not loss.is_bounded:
+            believed = believed[0] + _towards(weights, labels, believed, loss), believed[1]
         precision, information = loss.working(*believed, weights.data, labels.data)
         weights, labels = like(weights, precision), like(weights, information)
     labels = left(weights, labels, offsets)
     a, b = alternation.input_evidence(alternation.input_sums(weights, labels, Extended.of(users)), model.mean_label)
     return inputs.ids.take(pa.array(which)), np.column_stack([a, b, np.bincount(column, minlength=len(which))])
+
+
+def _towards(weights: sp.csr_matrix, labels: sp.csr_matrix, believed: tuple[Array, Array], loss: Loss) -> Array:
+    """How far to move every entry's mean, so that Newton's one step begins near where an input's events say: (entries,).
+
+    All of an input's by log((1 + Σ cy) / (1 + Σ c·rate)). From a mean that is units too small the step, which is taken once
+    and for all, would end at many times the rate that was seen.
+    """
+    n = weights.shape[1]
+    rate, _ = loss.working(*believed, weights.data, labels.data)
+    told, expected = (np.bincount(weights.indices, values, n) for values in (labels.data, rate))
+    return np.log((1 + told) / (1 + expected))[weights.indices]
 
 
 def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
@@ -101,28 +117,31 @@ def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
         schema.B: lists(b),
         schema.N_EVENTS: pa.array(counts),
     }
-    for name, values in changed.items():
-        rows = rows.set_column(rows.column_names.index(name), name, values)
-    return rows
+    return _with(rows, changed)
 
 
 def unlearnt(rows: pa.Table, model: Model) -> pa.Table:
     """Rows of the features table as they began: what events said of their inputs is forgotten."""
-    d, n = model.d, len(rows)
-    width = gaussian.packed_length(d)
-    taken = np.column_stack(
-        [matrix(rows[schema.A], width), matrix(rows[schema.B], d), rows[schema.N_EVENTS].to_numpy()]
-    )
-    fresh = learn(rows, -taken, model)
-    for name, size in ((schema.A, width), (schema.B, d), (schema.RESIDUAL, d)):
-        fresh = fresh.set_column(fresh.column_names.index(name), name, lists(np.zeros((n, size))))  # without rounding
-    return fresh
+    n, d = len(rows), model.d
+    began = features.columns_of(model.features_about(_oracle_mean(rows, model))) | {
+        schema.RESIDUAL: lists(np.zeros((n, d))),
+        schema.A: lists(np.zeros((n, gaussian.packed_length(d)))),
+        schema.B: lists(np.zeros((n, d))),
+        schema.N_EVENTS: pa.array(np.zeros(n, np.int64)),
+    }
+    return _with(rows, began)
 
 
 def renewed(inputs: SharedInputs, rows: pa.Table, model: Model) -> SharedInputs:
     """``inputs`` with the predictions of these rows; sums of users go on as they were."""
     place = blocks.index_of(rows[INPUT_ID], inputs.ids)
     return replace(inputs, learnt=inputs.current.replaced(place, features.from_rows(rows, model.d)))
+
+
+def _with(rows: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    for name, values in columns.items():
+        rows = rows.set_column(rows.column_names.index(name), name, values)
+    return rows
 
 
 def _oracle_mean(rows: pa.Table, model: Model) -> Array:

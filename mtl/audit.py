@@ -25,7 +25,7 @@ from mtl.model import Model
 from mtl.models import load_model, versions
 from mtl.rebuild import applied, at_once, rebuilt, waiting_of
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
-from mtl.tables import Tables
+from mtl.tables import Tables, as_long_as_kept
 
 log = logging.getLogger("mtl")
 
@@ -187,34 +187,57 @@ def _refit_gap(users: DataFrame, refitted: DataFrame) -> dict[str, float]:
 def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Check:
     """Every features row equals μ + g_0 + δ_0 and [1, g_i + δ_i] with g evaluated afresh.
 
-    Training had the attributes of its time; an input that came after it has those of now.
+    Training had the attributes of its time; an input that came after it has those of some time since.
     """
     stored, artefact = features_of(tables, model).toArrow(), model.artefact
     ids = stored[INPUT_ID].combine_chunks()
-    at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()
+    with as_long_as_kept(f"the inputs that version {model.version} was trained on have been vacuumed: retrain"):
+        at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()
     described = describe_inputs(ids, at_training, artefact.input_encoder)
     expected = artefact.inputs.mean(
         np.column_stack([described, matrix(stored[schema.IMPLICIT], artefact.input_implicit)])
     )
-    known = pa.array(at_training[INPUT_ID], pa.string())
-    arrived = np.flatnonzero(stored[schema.N_EVENTS].is_valid().to_numpy() & (index_of(ids, known) < 0))
-    later = pd.DataFrame({INPUT_ID: ids.take(pa.array(arrived)).to_pandas()})
-    later = later.merge(tables.read(schema.INPUTS).toPandas(), "left", INPUT_ID)
-    if len(later):
-        expected[arrived] = model.input_basis(later.drop(columns=INPUT_ID))
-    expected += features.residuals(stored, model.d)
-    found = features.from_rows(stored, model.d)
+    found, residual = features.from_rows(stored, model.d), features.residuals(stored, model.d)
     actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]])
-    difference = float(np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), initial=0.0))
+    differences = _largest(actual - residual, expected)
+    known = pa.array(at_training[INPUT_ID], pa.string())
+    later = stored[schema.N_EVENTS].is_valid().to_numpy() & (index_of(ids, known) < 0)
+    if later.any():
+        attributes = _attributes_since(tables, model, ids.filter(pa.array(later)))
+        place = index_of(pa.array(attributes[INPUT_ID], pa.string()), ids)
+        of_each = _largest((actual - residual)[place], model.input_basis(attributes.drop(columns=INPUT_ID)))
+        differences[later] = np.inf
+        np.minimum.at(differences, place, of_each)
     missing, repeated = int(np.sum(index_of(known, ids) < 0)), len(ids) - len(ids.unique())
+    difference = float(np.max(differences, initial=0.0))
     return {
         "holds": difference <= tolerance and not missing and not repeated,
         "inputs": len(ids),
-        "materialized_since": len(later),
+        "materialized_since": int(later.sum()),
         "difference": difference,
         "missing": missing,
         "repeated": repeated,
     }
+
+
+def _largest(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each row the largest difference relative to what is expected (at least 1), (n,)."""
+    return np.max(np.abs(actual - expected) / np.maximum(1.0, np.abs(expected)), axis=1)
+
+
+def _attributes_since(tables: Tables, model: Model, ids: pa.Array) -> pd.DataFrame:
+    """All attribute rows that these inputs have had since training, the present ones among them."""
+    wanted = F.broadcast(tables.spark.createDataFrame(pa.table({INPUT_ID: ids})))
+    now = tables.read(schema.INPUTS)
+    rows = [now.join(wanted, INPUT_ID, "left_semi").toPandas()]
+    try:
+        with as_long_as_kept(""):
+            written = tables.changes(schema.INPUTS, model.inputs_version + 1)
+            written = written.where(F.col("_change_type").isin("insert", "update_postimage"))
+            rows.append(written.join(wanted, INPUT_ID, "left_semi").select(now.columns).toPandas())
+    except StateError:  # the feed is no longer kept: the present rows are all there is
+        pass
+    return pd.concat(rows, ignore_index=True)
 
 
 def _relative(stored: Column, scratch: Column) -> Column:

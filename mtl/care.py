@@ -37,7 +37,7 @@ class Care:
             self._batches[version] = done
             if not every or done // every == before // every:
                 continue
-            with stream.updater.lock:
+            with stream.updater.gate:
                 for table in _OF_A_VERSION:
                     compact(self.tables, table, version)
             if version == live:

@@ -253,9 +253,10 @@ def _remove_rest(tables: Tables, erasure: Erasure, ids: DataFrame) -> None:
 def _mentioning(refused: DataFrame, ids: DataFrame, key: str) -> DataFrame:
     """Quarantined rows of which any cell, or any word of a malformed line, is one of the ids."""
     cells = F.from_json(schema.RAW, "map<string,string>")
-    line = F.try_element_at(cells, F.lit("malformed"))
+    line = F.when(cells.isNull(), F.col(schema.RAW)).otherwise(F.try_element_at(cells, F.lit("malformed")))
     words = F.coalesce(F.split(line, r"[\s,;|\t\"'{}\[\]:]+"), F.array().cast("array<string>"))
-    word = F.explode(F.concat(F.map_values(cells), words)).alias(key)
+    values = F.coalesce(F.map_values(cells), F.array().cast("array<string>"))
+    word = F.explode(F.concat(values, words)).alias(key)
     # An id that came as 7.0 is stored as 7.
     text = refused.select(schema.RAW, word).withColumn(key, F.regexp_replace(F.trim(key), r"^(-?\d+)\.0+$", "$1"))
     raw = text.join(F.broadcast(ids), key, "left_semi").select(schema.RAW).distinct()

@@ -35,7 +35,7 @@ class IdSet:
                 content = json.load(file)
             self._runs = [np.load(self._path(name), mmap_mode="r") for name in content["runs"]]
             self._names, self.mark = content["runs"], content["mark"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             self.clear()
         self._sweep()
 
@@ -61,7 +61,8 @@ class IdSet:
         return result
 
     def add(self, keys: Keys, mark: Any) -> None:
-        """Add keys (n, 2), which may be there already, and put ``mark`` (JSON) in the place of the old one."""
+        """Add those of the keys (n, 2), all different, that are not there, and put ``mark`` (JSON) in the place of the old one."""
+        keys = keys[~self.contains(keys)]
         if len(keys):
             self._append(_sorted(np.ascontiguousarray(keys.T)))
         while len(self._runs) > 1:

@@ -44,6 +44,7 @@ from mtl.batches import Batch, IngestReport, close, count_rows, counts, open_bat
 from mtl.checkpoint import Checkpoint
 from mtl.config import Settings
 from mtl.errors import ConfigError, MtlError, ReplayError
+from mtl.gate import Gate
 from mtl.ingest import distinct_events, merge_events, quarantine
 from mtl.known import KnownEvents
 from mtl.lock import exclusive
@@ -81,7 +82,7 @@ class Intake:
         self.checkpoint = Checkpoint(folder, _ADVICE)
         self.seen = Columns(f"{folder}-columns.json")
         self.known = KnownEvents(tables, f"{folder}-ids")
-        self.lock = threading.Lock()
+        self.gate = Gate()
         self.tally = Tally()
         self.failure: Exception | None = None
 
@@ -97,7 +98,7 @@ class Intake:
             ReplayError: the ledger knows this batch number with other rows.
             InputError: columns of the source drifted, and ``source.drift`` says stop.
         """
-        with self.lock:
+        with self.gate:
             started = time.monotonic()
             try:
                 report = self._apply(batch, number)
@@ -254,7 +255,7 @@ def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.E
     writer = rows.writeStream.foreachBatch(intake.apply).option("checkpointLocation", intake.checkpoint.folder)
     writer = writer.trigger(availableNow=True) if available_now else writer.trigger(processingTime=f"{seconds} seconds")
     query = writer.queryName(f"ingest-{intake.source.slug}").start()
-    with _stopped(query, intake.lock):
+    with _stopped(query, intake.gate):
         try:
             while not query.awaitTermination(1) and not stop.is_set():
                 pass
@@ -265,9 +266,9 @@ def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.E
 
 
 @contextmanager
-def _stopped(query: Any, lock: threading.Lock) -> Iterator[None]:
+def _stopped(query: Any, gate: Gate) -> Iterator[None]:
     try:
         yield
     finally:
-        with lock:  # a stop waits for the batch in hand
-            query.stop()
+        gate.close()
+        query.stop()

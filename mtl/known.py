@@ -53,6 +53,9 @@ class KnownEvents:
         elif mark["version"] == version:
             self.version = version
             return
+        if self.ids.mark and self.tables.only_rearranged_since(EVENTS, mark["version"]):
+            self._mark(version)
+            return
         files = self._files(version)
         if self.ids.mark and self.tables.erased_since(EVENTS, mark["version"]):
             self.ids.clear()
@@ -69,10 +72,15 @@ class KnownEvents:
             part = ordered[begin : begin + at_once]
             rows = self.tables.spark.read.schema(f"{EVENT_ID} string").parquet(*part)
             self.ids.add(_keys(rows.select(_key().alias(_KEY)).toArrow()), None)  # a crash starts over
-        self.ids.add(np.empty((0, 2), np.uint64), {"table": details["id"], "version": version})
-        self.version = version
+        self._mark(version)
         took = time.monotonic() - started
         log.info("ingest: %d ids indexed from %d files, %.1f s", len(self.ids) - before, len(files), took)
+
+    def _mark(self, version: int) -> None:
+        """Note that the index is of this version of the table."""
+        assert self.details is not None
+        self.ids.add(np.empty((0, 2), np.uint64), {"table": self.details["id"], "version": version})
+        self.version = version
 
     def append(self, events: DataFrame, batch: Batch) -> int | None:
         """Append those events whose id is not in the table, at most once.

@@ -92,6 +92,11 @@ def is_requested(tables: Tables) -> bool:
     return row["asked"] is not None and (row["made"] is None or row["asked"] > row["made"])
 
 
+def is_answered(tables: Tables, live: int) -> bool:
+    """Whether a retraining has been asked for already, or a version later than the live one waits to take its place."""
+    return is_requested(tables) or any(version > live for version in candidates(tables))
+
+
 def promote(tables: Tables, version: int | None = None) -> dict[str, int | None]:
     """Make a version live, the newest candidate by default, and retire the one that was; one commit.
 

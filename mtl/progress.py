@@ -89,6 +89,8 @@ def measure(table: pa.Table, model: Model, inputs: SharedInputs) -> Progress:
     )
     phi = inputs.current.phi[index_of(scored[INPUT_ID], inputs.ids)]
     label, std = scored[LABEL].to_numpy(), scored[STD].to_numpy()
+    if model.loss == "logistic":
+        std = np.sqrt(prediction * (1 - prediction))  # of what is clipped, too
     bins = np.searchsorted(SEEN, n_before, side="right") - 1
     distance = np.abs(label - prediction)
 

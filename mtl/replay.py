@@ -22,15 +22,12 @@ from mtl.checkpoint import Place, end_of
 from mtl.errors import StateError
 from mtl.model import Model
 from mtl.schema import BATCH, EVENT_ID
-from mtl.tables import Tables
+from mtl.tables import REARRANGING, Tables
 from mtl.users import TRAINING, TURN
 
 _NOT_YET = -1  # the turn of events that are not applied
 
 _NAME, _LATE = "_mtl_file", "_mtl_late"
-
-# Operations of commits that add no events.
-_NO_EVENTS = {"OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END"}
 
 
 def in_turns(tables: Tables, model: Model, ledger: DataFrame, waiting: DataFrame, consumed: int) -> DataFrame:
@@ -82,7 +79,7 @@ def snapshot(tables: Tables, commit: int) -> tuple[DataFrame, Callable[[DataFram
     history = tables.delta(schema.EVENTS).history(since) if since else tables.delta(schema.EVENTS).history(1).limit(0)
     later = [(row["operation"], row["userMetadata"] or "") for row in history.collect()]
     erasures = [operation for operation, metadata in later if metadata.startswith(schema.ERASURE)]
-    if all(operation in _NO_EVENTS for operation, metadata in later if not metadata.startswith(schema.ERASURE)):
+    if all(operation in REARRANGING for operation, metadata in later if not metadata.startswith(schema.ERASURE)):
         return tables.read(schema.EVENTS), lambda events: events
     if not erasures:
         return tables.read(schema.EVENTS, commit), lambda events: events

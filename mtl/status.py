@@ -92,11 +92,13 @@ def _rows(tables: Tables, table: str) -> DataFrame:
 def _of_version(tables: Tables, row: Row) -> dict[str, Any]:
     version = row[MODEL_VERSION]
     rows = _rows(tables, schema.PROGRESS).where(F.col(MODEL_VERSION) == version)
+    is_measured = F.col(schema.VALIDATED) > 0
+    scale = F.when(is_measured, F.col(schema.N_EVENTS) / F.col(schema.VALIDATED))  # a batch counts by all its events
     sums = rows.agg(
         F.count(F.lit(1)).alias("batches"),
         F.sum(schema.N_EVENTS).alias("events"),
-        F.sum(schema.VALIDATED).alias("n"),
-        *(F.sum(name).alias(name) for name in MEASURED),
+        F.sum(F.when(is_measured, F.col(schema.N_EVENTS))).alias("n"),
+        *(F.sum(F.col(name) * scale).alias(name) for name in MEASURED),
         F.max(schema.CREATED_AT).alias("last"),
     ).first()
     told = {

@@ -55,7 +55,8 @@ class Stream:
         partitions = self.settings.update.partitions or cores(self.tables.spark)
         # An input without the zeros that others have would be learnt from its ones alone (mtl.zeros).
         has_zeros = isinstance(self.model.artefact.users, WithZeros)
-        learn_arrivals = self.settings.update.learn_arrivals and not has_zeros
+        has_residuals = bool(self.model.artefact.inputs.covariance.any())  # else inputs are what the oracle says
+        learn_arrivals = self.settings.update.learn_arrivals and has_residuals and not has_zeros
         rewrite_above, keep_bytes = self.settings.update.rewrite_above, self.settings.update.keep_mb << 20
         updater = Updater(self.tables, self.model, checkpoint, partitions, learn_arrivals, rewrite_above, keep_bytes)
         if from_ledger:
@@ -101,8 +102,8 @@ class Stream:
         """Stop after the batch in hand and let others update the version."""
         try:
             if self.query:
-                with self.updater.lock:
-                    self.query.stop()
+                self.updater.gate.close()
+                self.query.stop()
         finally:
             self._held.close()
 

@@ -20,6 +20,9 @@ from mtl import schema
 from mtl.config import is_catalog
 from mtl.errors import ConfigError, StateError
 
+# Operations of commits that leave a table's rows as they were.
+REARRANGING = ("OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END")
+
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _METADATA = "spark.databricks.delta.commitInfo.userMetadata"
@@ -100,6 +103,11 @@ class Tables:
         if version is None:
             return self.spark.read.table(self.name(table))
         return self.spark.read.option("versionAsOf", version).table(self.name(table))
+
+    def changes(self, table: str, since: int) -> DataFrame:
+        """The rows that the commits from ``since`` on wrote, of a table with a change data feed, in its columns and its feed's."""
+        reader = self.spark.read.option("readChangeFeed", "true").option("startingVersion", since)
+        return reader.table(self.name(table))
 
     def stream(self, table: str, **options: str | int) -> DataFrame:
         """A streaming DataFrame over the table's commits, with Delta's reader ``options``."""
@@ -198,6 +206,11 @@ class Tables:
         """The versions of the table that were committed with ``metadata``."""
         history = self.delta(table).history().where(F.col("userMetadata") == metadata)
         return [row["version"] for row in history.select("version").collect()]
+
+    def only_rearranged_since(self, table: str, commit: int) -> bool:
+        """Whether later commits than this one left the table's rows as they were, in other files."""
+        later = self.version(table) - commit
+        return later > 0 and self.delta(table).history(later).where(~F.col("operation").isin(*REARRANGING)).isEmpty()
 
     def erased_since(self, table: str, commit: int) -> bool:
         """Whether a later commit than this one took rows away for an erasure."""

@@ -103,10 +103,12 @@ class Trained:
         def of_inputs(first: int, inputs: Posterior, attributes: np.ndarray) -> pa.Table:
             here = slice(first, first + len(attributes))
             ids, without_events = shared.value
-            features = Features.of(inputs.mean, inputs.covariance, mu)
-            residual, implicit = inputs.mean - prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
-            arrived = without_events[here] & _is_as_given(inputs, residual, prior.covariance)
-            return feature_rows(version, ids[here], features, residual, implicit, arrived)
+            oracle, implicit = prior.mean(attributes), attributes[:, attributes.shape[1] - width :]
+            arrived = without_events[here] & _is_as_given(inputs, oracle, prior.covariance)
+            mean, covariance = inputs.mean.copy(), inputs.covariance.copy()
+            mean[arrived], covariance[arrived] = oracle[arrived], gaussian.pack(prior.covariance)  # without rounding
+            features = Features.of(mean, covariance, mu)
+            return feature_rows(version, ids[here], features, mean - oracle, implicit, arrived)
 
         return self.engine.feature_rows(of_inputs, _ddl(schema.FEATURES))
 
@@ -119,13 +121,12 @@ class Trained:
         return users.join(self.last, USER_ID, "left")
 
 
-def _is_as_given(vectors: Posterior, residual: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+def _is_as_given(vectors: Posterior, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """Of which vectors nothing is known beside their prior, (n,): no event, nor zeros, nor what an earlier version knew."""
     spread = np.sqrt(np.diag(covariance))
-    is_mean = np.abs(residual) <= _ROUNDING * spread
-    is_covariance = np.abs(vectors.covariance - gaussian.pack(covariance)) <= _ROUNDING * gaussian.pack(
-        np.outer(spread, spread)
-    )
+    is_mean = np.abs(vectors.mean - mean) <= _ROUNDING * spread
+    sizes = gaussian.pack(np.outer(spread, spread))
+    is_covariance = np.abs(vectors.covariance - gaussian.pack(covariance)) <= _ROUNDING * sizes
     return is_mean.all(1) & is_covariance.all(1)
 
 

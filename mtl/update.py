@@ -198,14 +198,16 @@ class Fleet:
 
     def _watch_drift(self) -> None:
         """Ask for a retraining when the live version's errors outgrow its own uncertainty."""
-        if self.live not in self.streams:
+        if self.live is None or self.live not in self.streams:
             return
-        surprise, n = self.streams[self.live].updater.surprise(self.settings.switch.surprise_events)
-        if not has_drifted(surprise, n, self.settings.switch) or models.is_requested(self.tables):
+        updater = self.streams[self.live].updater
+        surprise, n = updater.surprise(self.settings.switch.surprise_events)
+        if not has_drifted(surprise, n, self.settings.switch) or models.is_answered(self.tables, self.live):
             return
         reason = f"model version {self.live}: mean squared standardized error {surprise:.2f} over {n} events"
         log.warning("update: a retraining is asked for: %s", reason)
         models.request_retraining(self.tables, reason)
+        updater.forget_surprises()  # the next request is of other events
         if self.settings.switch.retrain_here and not (self._retraining and self._retraining.is_alive()):
             self._retraining = threading.Thread(target=self._retrain, name="retraining", daemon=True)
             self._retraining.start()
@@ -232,9 +234,12 @@ def compare_versions(tables: Tables, candidate: int, live: int) -> Comparison:
 def _validated(tables: Tables, version: int) -> list[Validated]:
     """Batches of the ledger, with what the progress table has of them: nothing where all their events waited."""
     batch = [schema.APPLICATION_ID, schema.BATCH_ID]
-    measured = tables.read(schema.PROGRESS).select(*batch, schema.VALIDATED, schema.LOSS)
+    # The two versions' batches are not the same: each counts by its events, however many of them were measured.
+    loss = F.col(schema.LOSS) / F.col(schema.VALIDATED) * F.col(schema.N_EVENTS)
+    measured = tables.read(schema.PROGRESS).where(F.col(schema.VALIDATED) > 0)
+    measured = measured.select(*batch, schema.N_EVENTS, loss.alias(schema.LOSS))
     rows = batches_of(tables, version).join(measured, batch, "left").orderBy(schema.CREATED_AT)
     return [
-        Validated(end_of(row[schema.OFFSETS]), row[schema.VALIDATED] or 0, row[schema.LOSS] or 0.0)
-        for row in rows.select(schema.OFFSETS, schema.VALIDATED, schema.LOSS, schema.CREATED_AT).collect()
+        Validated(end_of(row[schema.OFFSETS]), row[schema.N_EVENTS] or 0, row[schema.LOSS] or 0.0)
+        for row in rows.select(schema.OFFSETS, schema.N_EVENTS, schema.LOSS, schema.CREATED_AT).collect()
     ]

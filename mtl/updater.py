@@ -20,7 +20,6 @@ ledger rows, for with other losses than squared the order matters a little.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from mtl.arrow import matrix
 from mtl.blocks import index_of
 from mtl.checkpoint import Checkpoint
 from mtl.errors import ReplayError
+from mtl.gate import Gate
 from mtl.ledger import UPDATE
 from mtl.materialize import features_of, materialize
 from mtl.model import Model
@@ -87,7 +87,7 @@ class Updater:
     failure: Exception | None = None
 
     def __post_init__(self) -> None:
-        self.lock = threading.Lock()
+        self.gate = Gate()
         self.inputs = self._load_inputs()
         self.inputs_version: int | None = None  # the commit of inputs at the last release
         self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
@@ -115,7 +115,7 @@ class Updater:
         Raises:
             ReplayError: the ledger knows this batch number with other events.
         """
-        with self.lock:
+        with self.gate:
             started = time.monotonic()
             batch = batch.persist()
             try:
@@ -173,7 +173,7 @@ class Updater:
 
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were."""
-        with self.lock:
+        with self.gate:
             self._resume_release()
             inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
             unknown = self._know(inputs)
@@ -199,7 +199,7 @@ class Updater:
 
     def finish_release(self) -> None:
         """What a release that died left to do."""
-        with self.lock:
+        with self.gate:
             self._resume_release()
 
     def resume(self) -> None:
@@ -294,6 +294,9 @@ class Updater:
                 break
         return total / max(n, 1), n
 
+    def forget_surprises(self) -> None:
+        self._surprises.clear()
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         started = time.monotonic()
@@ -305,9 +308,13 @@ class Updater:
         missing = inputs.filter(pa.array(index_of(inputs, self.inputs.ids) < 0))
         if not len(missing):
             return missing
-        materialize(self.tables, self.model, self._ids(missing))
-        self.inputs = self._load_inputs()
+        if materialize(self.tables, self.model, self._ids(missing)) or self._came_elsewhere(missing):
+            self.inputs = self._load_inputs()
         return missing.filter(pa.array(index_of(missing, self.inputs.ids) < 0))
+
+    def _came_elsewhere(self, inputs: pa.Array) -> bool:
+        """Whether some of these have features that another job materialized."""
+        return len(self._features_of(inputs)) > 0
 
     def _load_inputs(self) -> SharedInputs:
         return arrivals.shared_inputs(features_of(self.tables, self.model).toArrow(), self.model)

@@ -62,6 +62,8 @@ class UsersTable:
 
     def are_most(self, users: DataFrame, n_events: int) -> bool:
         """Whether the users of ``n_events`` events are so many, about, that all had better be written."""
+        if self.rewrite_above >= 1:
+            return False
         enough = self.rewrite_above * self.n
         return n_events > enough and users.agg(F.approx_count_distinct(USER_ID)).collect()[0][0] > enough
 

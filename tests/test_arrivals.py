@@ -113,3 +113,32 @@ def test_without_arrivals_there_is_no_evidence() -> None:
     _, shared = catalogue(model, n_old=8)
     ids, numbers = arrivals.evidence(events(30), model, shared)
     assert (len(ids), numbers.shape) == (0, (0, gaussian.packed_length(D) + D + 1))
+
+
+def test_counts_far_above_what_the_oracle_says_are_learnt_as_the_rate_they_are() -> None:
+    """One Newton step from the oracle's rate of about 1 would end at a hundred thousand."""
+    model = model_of("poisson")
+    rows, shared = catalogue(model)
+    table = events(60).set_column(2, schema.LABEL, pa.array(np.random.default_rng(2).poisson(20, 60).astype(float)))
+    for _ in range(5):
+        ids, found = arrivals.evidence(table, model, shared)
+        mine = pc.is_in(rows[schema.INPUT_ID], ids)
+        learnt = arrivals.learn(rows.filter(mine), found, model)
+        rows = pa.concat_tables([rows.filter(pc.invert(mine)), learnt])
+        shared = arrivals.shared_inputs(rows, model)
+        rate = np.exp(learnt[schema.OFFSET].to_numpy() + learnt[schema.OFFSET_VARIANCE].to_numpy() / 2)
+        assert (rate < 60).all()
+    assert (rate > 5).all()
+
+
+def test_an_input_that_is_forgotten_is_as_it_came() -> None:
+    model = model_of("squared")
+    rows, shared = catalogue(model)
+    ids, found = arrivals.evidence(events(60), model, shared)
+    late = rows.filter(pc.is_in(rows[schema.INPUT_ID], ids))
+    forgotten = arrivals.unlearnt(arrivals.learn(late, found, model), model)
+    for name in late.column_names:
+        one, other = (np.array(of[name].to_pylist()) for of in (forgotten, late))
+        np.testing.assert_allclose(one, other, atol=1e-12) if one.dtype.kind == "f" else np.testing.assert_array_equal(
+            one, other
+        )

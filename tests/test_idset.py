@@ -30,10 +30,11 @@ def test_it_holds_what_was_added_and_nothing_else(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(idset, "_LONGEST", longest)
         for i, batch in enumerate(batches):
-            IdSet(folder).add(array(batch), i)  # opened anew each time
+            IdSet(folder).add(array(sorted(set(batch))), i)  # opened anew each time
             expected |= set(batch)
     opened = IdSet(folder)
     assert opened.mark == (len(batches) - 1 if batches else None)
+    assert len(opened) == len(expected)
     np.testing.assert_array_equal(opened.contains(array(asked)), [key in expected for key in asked])
 
 

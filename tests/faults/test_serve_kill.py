@@ -110,7 +110,10 @@ def test_kill_9_while_rows_take_over_from_observations(spark: SparkSession, tmp_
         clients = [Client(f"c{i}", server.port, stop, 0.05) for i in range(2)]
         for client in clients:
             client.start()
-        time.sleep(2)
+        ends = time.monotonic() + 60
+        while not sealed(store / "observations"):
+            assert time.monotonic() < ends, "no segment was sealed"
+            time.sleep(0.2)
         killer_stop = threading.Event()
         killer = threading.Thread(target=kill_some, args=(server, killer_stop, 600.0, 6.0))
         killer.start()

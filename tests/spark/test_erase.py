@@ -18,7 +18,7 @@ from mtl import erase as module
 from mtl import schema
 from mtl.audit import audit
 from mtl.config import Settings, load_settings
-from mtl.erase import erase
+from mtl.erase import _mentioning, erase
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_files
 from mtl.known import KnownEvents
@@ -288,6 +288,14 @@ def test_the_index_of_ids_forgets_with_the_table(run: Run) -> None:
     erase(run.tables, settings(), events=["e0", "e201"])
     known.refresh()
     assert (before, len(known.ids)) == (len(PROBLEM), len(PROBLEM) - 2)
+
+
+def test_a_message_that_was_no_json_is_found_by_its_words(spark: SparkSession) -> None:
+    torn, whole = '{"user_id": "u3", "label": ', '{"user_id": "u4", "label": "many"}'
+    refused = spark.createDataFrame([(torn,), (whole,)], "raw string")
+    for user, row in (("u3", torn), ("u4", whole)):
+        found = _mentioning(refused, spark.createDataFrame([(user,)], "user_id string"), USER_ID)
+        assert [r[0] for r in found.collect()] == [row]
 
 
 def test_corrections_that_are_none_change_nothing(run: Run) -> None:

@@ -151,6 +151,9 @@ def test_an_index_that_is_lost_damaged_or_behind_is_brought_up_to_the_table(tabl
     drop(folder, "b.csv", rows(range(4, 9)))
     ingest_stream(tables, settings(folder))
     tables.delta(EVENTS).optimize().executeCompaction()
+    known = KnownEvents(tables, str(index))
+    known.refresh()
+    assert (known.version, len(known.ids)) == (tables.version(EVENTS), 9)  # a compacted file has no new ids
     for i, damage in enumerate(("lost", "behind", "torn")):
         if damage != "torn":
             shutil.rmtree(index)

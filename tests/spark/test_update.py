@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from streaming import (
@@ -210,6 +211,24 @@ def test_fewer_users_never_replace_more(live: Tables) -> None:
     with pytest.raises(StateError, match="3 users of model version 1 were to replace"):
         users.replace(some, "test", 0)
     assert users.rows().count() == users.n > 3
+    everybody = users.rows()
+    assert users.are_most(everybody, 10 * users.n)
+    assert not UsersTable(live.apart(), 1, 1.0).are_most(everybody, 10 * users.n)
+
+
+def test_a_batch_that_comes_while_its_query_stops_is_for_the_next_run(live: Tables) -> None:
+    stream = Stream(live, settings("update.trigger_seconds=1"), load_model(live))
+    append(live, rows(np.arange(TRAINED, 300)))
+    stream.tend()
+    assert stream.query is not None
+    stream.query.processAllAvailable()
+    stream.updater.gate.close()
+    append(live, rows(np.arange(300, 330)))
+    with pytest.raises(StreamingQueryException, match="for the next run"):
+        stream.query.awaitTermination(60)
+    stream.close()
+    assert update(live, settings())["applied"] == 30
+    assert broken(live) == []
 
 
 def test_new_users_start_from_the_prior_of_their_attributes(live: Tables) -> None:
@@ -231,6 +250,7 @@ def test_an_input_with_attributes_gets_features_within_the_batch(live: Tables) -
     live.append(INPUTS, live.spark.createDataFrame(new))
     append(live, rows(np.arange(TRAINED, 255)).assign(input_id="new"))
     assert update(live, settings("update.learn_arrivals=false"))["waited"] == 0
+    live.delta(INPUTS).update(F.col(INPUT_ID) == "new", {"year": F.lit(7.5)})  # features keep what it came with
     stored = live.read(schema.FEATURES).where(F.col(INPUT_ID) == "new").toArrow()
     expected = load_model(live).features_of_new(new)
     np.testing.assert_allclose(matrix(stored[schema.PHI], 3), expected.phi)

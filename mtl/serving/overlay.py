@@ -153,7 +153,9 @@ class Overlay:
         with self.environment.begin(write=True) as transaction:
             for key, pending in changed.items():
                 transaction.put(key, msgspec.msgpack.encode(pending), db=self._events)
-                if not pending.look_up:
+                if pending.look_up:
+                    transaction.put(key, b"", db=self._asked)
+                else:
                     transaction.delete(key, db=self._asked)
 
     def delete(self, keys: Iterable[bytes]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from mtl.serving import scorer
 from mtl.serving.coverage import Coverage
 from mtl.serving.overlay import Overlay, Status
 from mtl.serving.records import cycle_of, digest, is_described_only, pack_described, pack_users
-from mtl.serving.source import Expired, Rewritten, Source
+from mtl.serving.source import Rewritten, Source
 from mtl.serving.store import Live, Store, new_feature_files, prefix, rewrite_features, write_features
 from mtl.serving.takeover import GRACE_SECONDS, Takeover
 
@@ -35,6 +35,7 @@ log = logging.getLogger("mtl")
 POPULAR = 1000  # inputs kept as the most frequent
 _CYCLE = "cycle"
 _USER_COLUMNS = (USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
+_EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL)
 _TOLD = (
     schema.MODEL_VERSION,
     schema.STATUS,
@@ -243,7 +244,11 @@ class Refresher:
         except Rewritten:
             log.info("serve: the features table was rewritten: reading it anew")
             added = None
-        new = [self._without_known(live, rows) for rows in added or ()]
+        last = _last_with(rows[INPUT_ID].to_pylist() for rows in added or ())
+        new = [
+            self._without_known(live, _only_last(rows, INPUT_ID, last, number))
+            for number, rows in enumerate(added or ())
+        ]
         n = live.n_inputs + sum(rows.num_rows for rows in new)
         if added is None or n > live.capacity:
             self.store.write_live(replace(self._load_features(self._model_of(live)), switched_at=time.time()))
@@ -272,22 +277,22 @@ class Refresher:
 
     def _follow_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
         try:
-            files = list(self.source.added(USERS, before.get(USERS, -1), self._commits[USERS], model.version))
+            return self._follow_files_of_users(model, before, covered)
         except Rewritten:
             self._reload_users(model, before, covered)
             return True
+
+    def _follow_files_of_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
+        files = list(self.source.added(USERS, before.get(USERS, -1), self._commits[USERS], model.version))
         if not files:
             return False
+        last = _last_with(self.source.rows(USERS, file, [USER_ID])[USER_ID].to_pylist() for file in files)
         cycle = self._begin_cycle(before)
-        newest: dict[str, int] = {}  # the last file that has the user
-        for number, file in enumerate(files):
-            newest.update(dict.fromkeys(self.source.rows(USERS, file, [USER_ID])[USER_ID].to_pylist(), number))
         if covered is not None:
-            self.takeover.mark(covered, cycle, {digest(user) for user in newest})
+            self.takeover.mark(covered, cycle, {digest(user) for user in last})
         for number, file in enumerate(files):
-            rows = self.source.rows(USERS, file, _USER_COLUMNS)
-            mine = [newest[user] == number for user in rows[USER_ID].to_pylist()]
-            self.store.write_users(model.version, _user_records(rows.filter(pa.array(mine)), model, cycle))
+            rows = _only_last(self.source.rows(USERS, file, _USER_COLUMNS), USER_ID, last, number)
+            self.store.write_users(model.version, _user_records(rows, model, cycle))
         return True
 
     def _reload_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> None:
@@ -300,12 +305,10 @@ class Refresher:
     def _follow_user_attributes(self, model: Model, before: dict[str, int], covered: Coverage | None) -> None:
         cycle, after = before.get(_CYCLE, 0), before.get(USER_ATTRIBUTES, -1)
         try:
-            files = list(self.source.added(USER_ATTRIBUTES, after, self._commits[USER_ATTRIBUTES], None))
+            for file in self.source.added(USER_ATTRIBUTES, after, self._commits[USER_ATTRIBUTES], None):
+                self._describe_users(model, self.source.rows(USER_ATTRIBUTES, file), cycle)
         except Rewritten:  # users of attributes alone may be gone
             self._reload_users(model, before, covered)
-            return
-        for file in files:
-            self._describe_users(model, self.source.rows(USER_ATTRIBUTES, file), cycle)
 
     def _read_attributes(self, before: dict[str, int]) -> bool:
         """Attributes of inputs, for those that have no features yet and for showing."""
@@ -318,16 +321,15 @@ class Refresher:
         return True
 
     def _changed_rows(self, table: str, after: int) -> Iterator[pa.Table]:
+        """Rows that changed, some perhaps twice: the newest comes last."""
         try:
-            files = list(self.source.added(table, after, self._commits[table], None)) if after >= 0 else None
+            if after < 0:
+                raise Rewritten
+            for file in self.source.added(table, after, self._commits[table], None):
+                yield self.source.rows(table, file)
         except Rewritten:
-            files = None
-        if files is None:
             for batch in self.source.query(table, "select * from t", self._commits[table]):
                 yield pa.table(batch)
-            return
-        for file in files:
-            yield self.source.rows(table, file)
 
     # Events: where observations landed, and who acted on what.
 
@@ -335,28 +337,32 @@ class Refresher:
         through = self._commits.get(EVENTS, -1)
         if through <= after:
             return False
-        columns = [EVENT_ID, USER_ID, INPUT_ID, LABEL]
-        waiting = self.takeover.not_landed()
-        erased = False
+        waiting, read = self.takeover.not_landed(), after
         try:
             for commit in self.source.commits(EVENTS, after, through):
-                tables, erased = [], erased or commit.reload
+                if commit.reload:
+                    raise Rewritten
+                tables = []
                 for file in commit.files:
-                    rows = self.source.rows(EVENTS, file, columns)
+                    rows = self.source.rows(EVENTS, file, _EVENT_COLUMNS)
                     self.takeover.land(waiting, rows[EVENT_ID].to_pylist(), (commit.version, file.index))
                     tables.append(rows)
-                rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
+                rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in _EVENT_COLUMNS})
                 self._write_events(rows, commit.version)
-        except Expired:
-            erased = True
-        if erased:
-            log.info("serve: events were erased, or their log begins later: reading the table")
-            self.store.forget_events()
-            for batch in self.source.query(EVENTS, f"select {', '.join(columns)} from t", through):
-                self._write_events(pa.table(batch), -1)
-            self._write_events(pa.table({name: [] for name in columns}), through)
+                read = commit.version
+        except Rewritten:
+            self._read_all_events(waiting, read, through)
         self.store.write_popular(POPULAR)
         return True
+
+    def _read_all_events(self, waiting: dict[str, bytes], read: int, through: int) -> None:
+        """Forget events, and read the table anew; until that has ended the store says ``read``, so that it is begun again."""
+        log.info("serve: events were erased, or their log or files begin later: reading the table")
+        self.takeover.ask(waiting)
+        self.store.forget_events()
+        for batch in self.source.query(EVENTS, f"select {', '.join(_EVENT_COLUMNS)} from t", through):
+            self._write_events(pa.table(batch), read)
+        self.store.write_versions(events=through)
 
     def _write_events(self, rows: pa.Table, version: int) -> None:
         users = [digest(user) for user in rows[USER_ID].to_pylist()]
@@ -399,6 +405,19 @@ def _user_records(rows: pa.Table, model: Model, cycle: int) -> Iterator[tuple[by
         users = np.concatenate([known.mean, scorer.quadratics(known.mean, known.covariance)], axis=1)
         digests = (digest(user) for user in part[USER_ID].to_pylist())
         yield from zip(digests, pack_users(cycle, part[schema.N_EVENTS].to_pylist(), users), strict=True)
+
+
+def _last_with(files: Iterable[Iterable[str]]) -> dict[str, int]:
+    """The number of the last of several files that has an id, by id: what is newer wins."""
+    last: dict[str, int] = {}
+    for number, ids in enumerate(files):
+        last.update(dict.fromkeys(ids, number))
+    return last
+
+
+def _only_last(rows: pa.Table, key: str, last: dict[str, int], number: int) -> pa.Table:
+    """The rows of file ``number`` of which no later file has another."""
+    return rows.filter(pa.array([last[identity] == number for identity in rows[key].to_pylist()], pa.bool_()))
 
 
 def _portable(row: dict[str, Any]) -> dict[str, Any]:

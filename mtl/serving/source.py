@@ -41,12 +41,12 @@ _WITHOUT_ROWS |= {"COMPUTE STATS", "CHANGE COLUMN", "DOMAIN METADATA CLEANUP"}
 UNREADABLE = (DeltaError, OSError, pa.ArrowException)
 
 
-class Expired(Exception):
-    """The log no longer holds a commit that was asked for: read the whole table."""
-
-
 class Rewritten(Exception):
     """The files that commits added do not tell all that changed: read the whole table."""
+
+
+class Expired(Rewritten):
+    """A commit that was asked for, or a file that it added, is no longer there."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +113,26 @@ class Source:
         Raises:
             Rewritten: they do not tell all that changed.
         """
-        try:
-            if through < after:
+        if through < after:
+            raise Rewritten
+        for commit in self.commits(table, after, through):
+            if commit.reload:
                 raise Rewritten
-            for commit in self.commits(table, after, through):
-                if commit.reload:
-                    raise Rewritten
-                yield from (file for file in commit.files if file.model_version == model_version)
-        except Expired as error:
-            raise Rewritten from error
+            yield from (file for file in commit.files if file.model_version == model_version)
 
     def rows(self, table: str, file: AddedFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a file as the commit wrote them; columns that it lacks are left out."""
-        with self._files(table).open_input_file(unquote(file.path)) as opened:
-            found = pa.parquet.ParquetFile(opened)
-            there = None if columns is None else [name for name in columns if name in found.schema_arrow.names]
-            return found.read(columns=there)
+        """The rows of a file as the commit wrote them; columns that it lacks are left out.
+
+        Raises:
+            Expired: the file was vacuumed; the log outlives what OPTIMIZE replaced.
+        """
+        try:
+            with self._files(table).open_input_file(unquote(file.path)) as opened:
+                found = pa.parquet.ParquetFile(opened)
+                there = None if columns is None else [name for name in columns if name in found.schema_arrow.names]
+                return found.read(columns=there)
+        except FileNotFoundError as error:
+            raise Expired(f"{table}: {file.path}") from error
 
     def query(self, table: str, sql: str, version: int | None = None) -> Iterator[pa.RecordBatch]:
         """Record batches of a query over the table, called t in it, as of a commit."""

@@ -57,6 +57,14 @@ class Takeover:
             landed[waiting[event]] = pending
         self.overlay.write(landed)
 
+    def ask(self, waiting: dict[str, bytes]) -> None:
+        """Have those of ``waiting`` looked up that did not land: the commits that would tell where are not read one by one."""
+        every = self.overlay.every()
+        asked = {key: every[key] for key in waiting.values() if every[key].landed is None}
+        for pending in asked.values():
+            pending.look_up = True
+        self.overlay.write(asked)
+
     def asks(self, users: int, events: int) -> bool:
         """Whether observations may be in users of whom that is not known yet, at these commits of users and events."""
         if users < 0 or not self.overlay.n_pending():
@@ -94,14 +102,15 @@ class Takeover:
         self._look_up_after = time.time() + 20 * (time.time() - began)
 
     def _places(self, events: set[str], first: int, through: int) -> dict[str, tuple[int, int]]:
-        """Where those of ``events`` are that came with the commits from ``first`` on, as far as the log still has them."""
+        """Where those of ``events`` are that came with the commits from ``first`` on, as far as these are still there."""
         places = {}
         with suppress(Expired):
             for commit in self.source.commits(EVENTS, first - 1, through):
                 for file in commit.files:
-                    for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
-                        if event in events:
-                            places[event] = (commit.version, file.index)
+                    with suppress(Expired):
+                        for event in self.source.rows(EVENTS, file, [EVENT_ID])[EVENT_ID].to_pylist():
+                            if event in events:
+                                places[event] = (commit.version, file.index)
         return places
 
     def mark(self, covered: Coverage, cycle: int, changed: set[bytes] | None) -> None:

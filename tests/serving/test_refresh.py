@@ -1,0 +1,197 @@
+"""The store against tables that another hand wrote, without Spark: what a refresh makes of commits, files and their loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from made_up import MEAN_LABEL, VERSION, covariances, model_row
+
+from mtl import gaussian, schema
+from mtl.arrow import lists
+from mtl.config import load_settings
+from mtl.features import Features, feature_rows
+from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, LEDGER, MODELS, USER_ID, USERS
+from mtl.serving.observations import Event
+from mtl.serving.overlay import open_overlay
+from mtl.serving.records import digest
+from mtl.serving.refresh import Refresher
+from mtl.serving.source import Source
+from mtl.serving.store import Store
+from mtl.serving.view import View, open_view
+
+K = 2
+D = K + 1
+
+
+class Tables:
+    """Tables of one model version, and a store that follows them."""
+
+    def __init__(self, folder: Path):
+        self.root, self.random = folder / "tables", np.random.default_rng(0)
+        row = {**model_row(K), schema.EVENTS_VERSION: 0, schema.N_EVENTS: 1}
+        row |= {schema.CREATED_AT: datetime.now(timezone.utc), schema.PROMOTED_AT: datetime.now(timezone.utc)}
+        kinds = {schema.INPUT_COLUMNS: pa.list_(pa.int32()), schema.USER_COLUMNS: pa.list_(pa.int32())}
+        self.append(MODELS, pa.table({name: pa.array([value], kinds.get(name)) for name, value in row.items()}))
+        self.features("x0", "x1")
+        self.users("u0", "u1")
+        self.events("e0", user="u0", input="x0")
+        nothing = {
+            name: pa.array([], pa.string())
+            for name in (schema.QUERY, schema.APPLICATION_ID, schema.BATCH_ID, schema.OFFSETS)
+        }
+        self.append(LEDGER, pa.table(nothing))
+        self.store, self.overlay = Store(folder / "store", 1), open_overlay(folder / "store", [])
+        self.refresher = Refresher(Source(str(self.root)), self.store, self.overlay)
+        self.view: View | None = None
+
+    def append(self, table: str, rows: pa.Table, metadata: str = "", mode: str = "append") -> None:
+        by = schema.PARTITIONED_BY.get(table)
+        properties = CommitProperties(custom_metadata={"userMetadata": metadata}) if metadata else None
+        write_deltalake(self.root / table, rows, mode=mode, partition_by=by, commit_properties=properties)  # type: ignore[call-overload]
+
+    def features(self, *inputs: str, offset: float = 0.0) -> None:
+        mean = self.random.normal(size=(len(inputs), D)) * 0.1
+        mean[:, 0] += offset
+        made = Features.of(mean, covariances(self.random, len(inputs), D, 0.05), MEAN_LABEL)
+        no_residual, no_implicit = np.zeros((len(inputs), D)), np.zeros((len(inputs), 0))
+        self.append(FEATURES, feature_rows(VERSION, pa.array(inputs), made, no_residual, no_implicit))
+
+    def users(self, *users: str, n_events: int = 1) -> None:
+        n = len(users)
+        nothing = {schema.A: np.zeros((n, gaussian.packed_length(D))), schema.B: np.zeros((n, D))}
+        columns = {name: lists(values) for name, values in {**nothing, schema.PRIOR_MEAN: np.zeros((n, D))}.items()}
+        ids = {schema.MODEL_VERSION: pa.array([VERSION] * n), USER_ID: pa.array(users)}
+        self.append(USERS, pa.table({**ids, **columns, schema.N_EVENTS: pa.array([n_events] * n)}))
+
+    def events(self, *ids: str, user: str = "u0", input: str = "x0", **more: str) -> None:
+        n = len(ids)
+        columns: dict[str, list[Any]] = {
+            EVENT_ID: list(ids),
+            USER_ID: [user] * n,
+            INPUT_ID: [input] * n,
+            LABEL: [4.0] * n,
+        }
+        self.append(EVENTS, pa.table(columns), **more)
+
+    def lose_files(self, table: str) -> None:
+        """Compacted, then vacuumed: the log still names files that are gone."""
+        of = DeltaTable(self.root / table)
+        assert of.optimize.compact()["numFilesRemoved"] > 1
+        assert of.vacuum(0, dry_run=False, enforce_retention_duration=False)
+
+    def refresh(self) -> View:
+        self.refresher.refresh()
+        self.view = open_view(self.store, self.overlay, load_settings().serve, self.view)
+        assert self.view is not None
+        return self.view
+
+    def counts(self) -> dict[str, int]:
+        with self.store.reading() as transaction:
+            inputs = {one: self.store.count(transaction, one)[0] for one in ("x0", "x1")}
+        return {one: n for one, n in inputs.items() if n}
+
+    def seen(self, user: str) -> int:
+        with self.store.reading() as transaction:
+            return len(self.store.seen(transaction, digest(user)))
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Iterator[Tables]:
+    made = Tables(tmp_path)
+    yield made
+    made.store.close()
+    made.overlay.close()
+
+
+def test_an_input_that_came_and_was_learnt_between_two_looks_is_there_once(tables: Tables) -> None:
+    tables.refresh()
+    tables.features("new")  # materialized,
+    tables.features("new", offset=9.0)  # and learnt of
+    view = tables.refresh()
+    every = view.ids(range(len(view.rows)))
+    assert Counter(every) == Counter(["x0", "x1", "new"])
+    assert view.ids(view.best(view.unknown_weights, 1)) == ["new"]
+    assert view.rows_of(["new"]).rows[0, -1] > MEAN_LABEL + 8
+
+
+@pytest.mark.parametrize("table", [FEATURES, USERS, INPUTS])
+def test_files_that_are_gone_are_read_by_the_whole_table(tables: Tables, table: str) -> None:
+    tables.append(INPUTS, pa.table({INPUT_ID: ["x0"], "year": [1.0]}))
+    tables.refresh()
+    tables.features("x2")
+    tables.users("u2", n_events=7)
+    tables.append(INPUTS, pa.table({INPUT_ID: ["x2"], "year": [3.0]}))
+    tables.lose_files(table)
+    for _ in range(2):
+        view = tables.refresh()
+        assert sorted(view.ids(range(len(view.rows)))) == ["x0", "x1", "x2"]
+        assert view.has("x2", {"year": 3.0})
+        assert (user := view.weights_of("u2")) is not None
+        assert user.n_events == 7
+
+
+def test_observations_among_events_whose_files_are_gone_count_once(tables: Tables) -> None:
+    before = tables.refresh().weights_of("u1")
+    mine = [Event(f"mine{i}", "u1", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00") for i in range(2)]
+    tables.overlay.insert([(event, False) for event in mine])
+    tables.events("mine0", user="u1", input="x1")
+    tables.events("other", user="u0", input="x0")
+    tables.lose_files(EVENTS)
+    assert before is not None
+    for _ in range(2):
+        view = tables.refresh()
+        assert tables.counts() == {"x0": 2, "x1": 1}
+        landed = {p.event.event_id: p.landed for p in tables.overlay.every().values()}
+        # What a lost file had the users contain, or their stream could not go on.
+        assert (landed["mine0"] is not None, landed["mine1"]) == (True, None)
+        assert (user := view.weights_of("u1")) is not None
+        assert user.n_events == before.n_events + 1
+        assert tables.overlay.n_asked() == 0
+
+
+def test_an_erasure_whose_reading_fails_is_begun_again(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.events("e1", user="u1", input="x1")
+    tables.refresh()
+    assert (tables.counts(), tables.seen("u1")) == ({"x0": 1, "x1": 1}, 1)
+    tables.events("e0", user="u0", input="x0", metadata=f"{schema.ERASURE}u1", mode="overwrite")
+    tables.events("e2", user="u0", input="x0")
+    source = tables.refresher.source
+    query = source.query
+
+    def fail(table: str, *of: Any) -> Any:
+        if table == EVENTS:
+            raise OSError("the network is down")
+        return query(table, *of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "query", fail)
+        with pytest.raises(OSError, match="network"):
+            tables.refresh()
+    tables.refresh()
+    assert (tables.counts(), tables.seen("u1")) == ({"x0": 2}, 0)
+
+
+def test_an_erasure_before_which_the_process_dies_is_done_by_the_next(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables.events("e1", user="u1", input="x1")
+    tables.refresh()
+    tables.events("e0", user="u0", input="x0", metadata=f"{schema.ERASURE}u1", mode="overwrite")
+
+    def die(self: Store) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "forget_events", die)
+        with pytest.raises(SystemExit):
+            tables.refresh()
+    tables.refresh()
+    assert (tables.counts(), tables.seen("u1")) == ({"x0": 1}, 0)

@@ -135,6 +135,7 @@ class TopRequest(About, kw_only=True, forbid_unknown_fields=True):
 class TopAnswer(Stamp, kw_only=True, omit_defaults=True):
     scores: list[Score]
     user_known: bool = True
+    incomplete_inputs: list[str] = []  # candidates whose features did not come by the deadline
 
 
 class Contribution(msgspec.Struct):
@@ -157,6 +158,7 @@ class UserAnswer(Stamp, kw_only=True):
     why: list[Contribution]
     score: float | None
     std: float | None
+    incomplete: bool = False  # the input's features did not come by the deadline
 
 
 class InputAnswer(Stamp, kw_only=True):
@@ -170,6 +172,7 @@ class InputAnswer(Stamp, kw_only=True):
     attributes: dict[str, Any] | None
     n_events: int
     mean_label: float | None
+    incomplete: bool = False  # the features did not come by the deadline
 
 
 class Near(msgspec.Struct):
@@ -180,6 +183,7 @@ class Near(msgspec.Struct):
 class SimilarAnswer(Stamp, kw_only=True):
     of: str
     near: list[Near]
+    incomplete: bool = False  # features of ``of`` did not come by the deadline
 
 
 class PopularInput(msgspec.Struct):

@@ -5,6 +5,9 @@ or of a class of encoded attributes where the answer may be coarse (:mod:`mtl.se
 evaluated once a key, in lanes (:mod:`mtl.serving.executor`), and functions that were not reached are replaced by their
 conditional mean (:mod:`mtl.serving.anytime`). Only complete features enter a cache.
 
+Inputs that were observed before they have features are evaluated apart, in full and by no deadline, in a lane of their own
+(:meth:`Evaluator.observed`).
+
 What the population of inputs is like, and how far apart the members of a class are, is *studied* from inputs that are known
 already, in a thread of its own after the start. Until then nothing is coarse, and the population is that of stored features.
 """
@@ -42,6 +45,10 @@ _PLENTY = 5.0  # times the expected cost: with that much time all is reached in 
 _STUDY_SECONDS = 10.0  # that a study takes at most, but for one part of it
 _STUDY_PART = 200  # inputs that are evaluated at once
 _ENCODE = (Step("encode", ()),)
+_OBSERVED_BYTES = 16 << 20  # of features of inputs that were observed
+_HUNG_SECONDS = 10.0  # of an evaluation that nobody waits for
+_ASK_AGAIN_SECONDS = 60.0  # for an input whose evaluation failed, or is still on its way
+_MOST_ASKED = 100_000  # inputs of which it is remembered when they were asked for
 
 
 class EncodingError(ValueError):
@@ -105,10 +112,16 @@ class Evaluator:
         features, predictions = (int(mb * 2**20) for mb in (settings.feature_cache_mb, settings.prediction_cache_mb))
         self.features = RowCache(scorer.width(model.d), features) if features else None
         self.predictions = PredictionCache(predictions) if predictions else None
+        # Apart from the features' cache: an observation that counted goes on to.
+        self._observed = observed = RowCache(scorer.width(model.d), _OBSERVED_BYTES)
+        self._apart = Lane(
+            "observed", lambda one, needed: _evaluate_into(observed, model, *one), hung_after=_HUNG_SECONDS
+        )
+        self._asked: dict[bytes, float] = {}  # when each observed input may be asked for again
         self.studied: Studied | None = None
         self._guess = _guessed(model, self.plan.m, stored)
         # Lanes' threads know nothing of the evaluator, and so end with it.
-        weakref.finalize(self, _close, [*self.lanes, *self.encoding])
+        weakref.finalize(self, _close, [*self.lanes, *self.encoding, self._apart])
 
     # What a request asks.
 
@@ -163,8 +176,7 @@ class Evaluator:
         rows, held = self._cached(keys)
         missing = np.flatnonzero(~held).tolist()
         if missing:
-            encoded = _encoded(self.model, [attributes[i] for i in missing])
-            rows[missing] = scorer.feature_rows(self.model.features_about(self.model.artefact.inputs.mean(encoded)))
+            rows[missing] = _whole(self.model, [attributes[i] for i in missing])
             self._keep([keys[i] for i in missing], rows[missing])
         return rows
 
@@ -173,6 +185,29 @@ class Evaluator:
         rows, held = self._cached([classes.of_attributes(one) for one in attributes])
         rows[~held] = self.unreached(1)
         return rows, held
+
+    def observed(self, attributes: Sequence[Attributes]) -> tuple[Array, np.ndarray]:
+        """Features of inputs that were observed, (n, width), and which are at hand, (n,) bool.
+
+        It evaluates none here: those that are not at hand are queued, each once, to be there at a later time.
+        """
+        keys = [classes.of_attributes(one) for one in attributes]
+        rows, held = self._cached(keys)
+        kept, is_kept = self._observed.get(keys)
+        rows[is_kept] = kept
+        new = np.flatnonzero(held & ~is_kept).tolist()
+        self._observed.put([keys[i] for i in new], rows[new])
+        held |= is_kept
+        for i in np.flatnonzero(~held).tolist():
+            self._ask(keys[i], attributes[i])
+        return rows, held
+
+    def _ask(self, key: bytes, attributes: Attributes) -> None:
+        now = time.monotonic()
+        if now >= self._asked.get(key, now) and self._apart.queue((key, attributes)):
+            if len(self._asked) >= _MOST_ASKED:
+                self._asked.clear()
+            self._asked[key] = now + _ASK_AGAIN_SECONDS
 
     def unreached(self, n: int) -> Array:
         """Features of inputs of which nothing was evaluated, (n, width)."""
@@ -291,7 +326,7 @@ class Evaluator:
         return tuple(cache.counts() if cache is not None else None for cache in (self.features, self.predictions))  # type: ignore[return-value]
 
     def lane_counts(self) -> list[LaneCounts]:
-        return [lane.counts() for lane in (*self.encoding, *self.lanes)]
+        return [lane.counts() for lane in (*self.encoding, *self.lanes, self._apart)]
 
 
 def frame_of(attributes: Sequence[Attributes]) -> pd.DataFrame:
@@ -313,6 +348,15 @@ def _encoded(model: Model, attributes: Sequence[Attributes]) -> Array:
         return model.encoded_inputs(frame_of(attributes))
     except (TypeError, ValueError) as error:
         raise EncodingError(str(error)) from error
+
+
+def _whole(model: Model, attributes: Sequence[Attributes]) -> Array:
+    """Features (n, width), however long it takes."""
+    return scorer.feature_rows(model.features_about(model.artefact.inputs.mean(_encoded(model, attributes))))
+
+
+def _evaluate_into(cache: RowCache, model: Model, key: bytes, attributes: Attributes) -> None:
+    cache.put([key], _whole(model, [attributes]))
 
 
 def _tried(model: Model, attributes: Sequence[Attributes]) -> Array | EncodingError:

@@ -133,6 +133,10 @@ class Lane:
             self._ready.notify()
             return True
 
+    def queue(self, argument: Any) -> bool:
+        """:meth:`submit` an evaluation that nobody waits for."""
+        return self.submit(_Evaluation(self.function, 0, argument, (), float("inf"), SimpleQueue()))
+
     def _working(self) -> int:
         """Threads that are not written off."""
         return len(self._busy) - len(self._hung) + self._idle

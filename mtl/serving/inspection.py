@@ -36,9 +36,10 @@ class Inspection:
         d = view.d
         covariance = gaussian.unpack(scorer.covariance_of(user)[None], d)[0]
         deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-        offset, features, score, std = None, [None] * d, None, None
+        offset, features, score, std, incomplete = None, [None] * d, None, None, False
         if one is not None:
-            rows = view.rows_of([one]).rows
+            in_time = await self.service.rows_in_time(view, [one], user, self.service.ends())
+            rows, incomplete = in_time.rows, bool(in_time.incomplete)
             offset, features = float(rows[0, -1]), rows[0, :d].tolist()
             score, std = (float(values[0]) for values in view.score(user, rows))
         why = [
@@ -62,13 +63,16 @@ class Inspection:
                 why=why,
                 score=score,
                 std=std,
+                incomplete=incomplete,
             )
         )
 
     async def input(self, identity: str, query: Mapping[str, str]) -> bytes:
         allow(query)
         view = self.service.shown()
-        rows, known = view.rows_of([identity])
+        rows, known, incomplete = await self.service.rows_in_time(
+            view, [identity], view.unknown_weights, self.service.ends()
+        )
         d, row = view.d, rows[0]
         spread = gaussian.unpack(row[None, : gaussian.packed_length(d)], d)[0] - np.outer(row[:d], row[:d])
         with self.service.store.reading() as transaction:
@@ -86,6 +90,7 @@ class Inspection:
                 offset_std=float(np.sqrt(max(row[-2], 0.0))),
                 features=row[:d].tolist(),
                 features_std=np.sqrt(np.maximum(np.diag(spread), 0.0)).tolist(),
+                incomplete=bool(incomplete),
                 attributes=attributes,
                 n_events=n_events,
                 mean_label=total / n_events if n_events else None,
@@ -95,17 +100,22 @@ class Inspection:
     async def similar(self, query: Mapping[str, str]) -> bytes:
         allow(query, "input", "k")
         view, one = self.service.shown(), text_of(query, "input")
-        near = await asyncio.get_running_loop().run_in_executor(
-            None, self._neighbours_in(view).of_input, one, k_of(query, self.service.settings.max_k)
+        k = k_of(query, self.service.settings.max_k)
+        rows, known, incomplete = await self.service.rows_in_time(
+            view, [one], view.unknown_weights, self.service.ends()
         )
-        if near is None:
+        if not known[0]:
             raise Problem(404, "unknown_input", f"input {one!r} has neither features nor attributes")
+        near = await asyncio.get_running_loop().run_in_executor(
+            None, self._neighbours_in(view).of_input, one, rows[0], k
+        )
         return _encode(
             api.SimilarAnswer(
                 model_version=view.version,
                 staleness_s=self.service.staleness,
                 of=one,
                 near=[api.Near(identity, distance) for identity, distance in near],
+                incomplete=bool(incomplete),
             )
         )
 

@@ -21,21 +21,18 @@ class Neighbours:
 
     view: View
 
-    def of_input(self, identity: str, k: int) -> list[tuple[str, float]] | None:
-        """The k inputs nearest to one, with their distances; None where nothing is known of it.
+    def of_input(self, identity: str, features: Array, k: int) -> list[tuple[str, float]]:
+        """The k inputs nearest to one of these features (width,), with their distances.
 
         The distance is the root of E[(h(x; u) − h(y; u))²] over users of the prior: how differently users take two inputs.
         """
-        found = self.view.rows_of([identity])
-        if not found.known[0]:
-            return None
         metric = self._metric
-        one = scorer.top_columns(found.rows, self.view.d)[:, 0]
+        one = scorer.top_columns(features[None], self.view.d)[:, 0]
         # |x − y|² in the metric, less what is the same for all y.
         squares = self._squares - 2 * ((metric @ one).astype(np.float32) @ self.view.top)
         rows = scorer.largest(-squares, k + _SLACK)
-        difference = self.view.rows[rows][:, : self.view.d] - found.rows[0, : self.view.d]
-        difference[:, 0] = self.view.rows[rows][:, -1] - found.rows[0, -1]
+        difference = self.view.rows[rows][:, : self.view.d] - features[: self.view.d]
+        difference[:, 0] = self.view.rows[rows][:, -1] - features[-1]
         distance = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", difference, metric, difference), 0.0))
         near = sorted(zip(distance.tolist(), self.view.ids(rows), strict=True))
         return [(other, value) for value, other in near if other != identity][:k]

@@ -49,7 +49,7 @@ from mtl.serving.requests import (
 )
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
-from mtl.serving.view import Found, View, open_view
+from mtl.serving.view import Found, InTime, View, open_view
 
 log = logging.getLogger("mtl")
 
@@ -121,7 +121,7 @@ class Service:
         request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
             raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        ends = self._ends(request.deadline_ms)
+        ends = self.ends(request.deadline_ms)
         answers = [self._at_once(one) or await self._predict(one, ends) for one in request.requests]
         return _encode(api.BatchAnswer(answers))
 
@@ -140,7 +140,7 @@ class Service:
         """The answer where features of some inputs are to be computed."""
         view = self._view_for(request)
         user, user_known = self._weights(view, request)
-        own = self._ends(request.deadline_ms)
+        own = self.ends(request.deadline_ms)
         ends = own if ends is None else min(ends, own)
         inputs = [str(one) if isinstance(one, int) else one for one in request.inputs]
         try:
@@ -174,7 +174,7 @@ class Service:
             return self.admission.rung.coarseness
         return int(self.settings.classes != "exact")
 
-    def _ends(self, deadline_ms: float | None) -> float:
+    def ends(self, deadline_ms: float | None = None) -> float:
         """When a request's time is over, on the clock of ``time.monotonic``."""
         wanted = self.settings.deadline_ms[0] if deadline_ms is None else min(deadline_ms, _LONGEST_MS)
         if self.admission is not None:
@@ -196,6 +196,18 @@ class Service:
         except EncodingError as error:
             raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
 
+    async def rows_in_time(
+        self, view: View, inputs: list[Any], user: Weights, ends: float, coarseness: int = 0
+    ) -> InTime:
+        """Features by a deadline; where nothing comes by then those at hand."""
+        rows = view.gather(inputs)
+        if rows is not None:
+            return InTime(rows, [True] * len(inputs), [])
+        try:
+            return await self._in_time(view.rows_by, inputs, user, ends, coarseness)
+        except asyncio.TimeoutError:
+            return view.rows_at_hand(inputs)
+
     async def top(self, body: bytes) -> bytes:
         return await self._top(decode(TOP, body))
 
@@ -214,17 +226,27 @@ class Service:
         checked_k(request.k, self.settings.max_k)
         view = self._view_for(request)
         user, known = self._weights(view, request)
-        work = asyncio.get_running_loop().run_in_executor
+        work, incomplete = asyncio.get_running_loop().run_in_executor, list[str]()
         if request.candidates is not None:
             if len(request.candidates) > self.settings.max_inputs:
                 raise too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
-            chosen = await work(None, self._top_of_candidates, view, user, request)
+            ends = self.ends()
+            ids = await work(None, self._wanted, view, request, request.candidates)
+            found = await self.rows_in_time(view, ids, user, ends)
+            chosen = await work(None, self._ordered, view, user, request, ids, found.rows)
+            incomplete = [ids[place] for place in found.incomplete]
         elif request.where or request.exclude_seen or request.exclude or len(view.rows) > _INLINE:
             chosen = await work(None, self._top_of_all, view, user, request)
         else:
             chosen = self._top_of_all(view, user, request)
         return _encode(
-            api.TopAnswer(scores=chosen, model_version=view.version, staleness_s=self.staleness, user_known=known)
+            api.TopAnswer(
+                scores=chosen,
+                model_version=view.version,
+                staleness_s=self.staleness,
+                user_known=known,
+                incomplete_inputs=incomplete,
+            )
         )
 
     def _top_of_all(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
@@ -235,21 +257,18 @@ class Service:
         rows = view.best(user, request.k + _SLACK, excluded)
         return self._ordered(view, user, request, view.ids(rows), view.rows.take(rows, 0))
 
-    def _top_of_candidates(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
-        assert request.candidates is not None
+    def _wanted(self, view: View, request: api.TopRequest, candidates: Sequence[str | int]) -> list[str]:
+        """Those of the candidates that nothing of the request leaves out."""
         drop = set(map(str, request.exclude))
         if request.exclude_seen:
             drop |= set(view.ids(view.seen_rows(str(request.user))))
-        wanted = [
-            c for c in dict.fromkeys(map(str, request.candidates)) if c not in drop and view.has(c, request.where)
-        ]
-        return self._ordered(view, user, request, wanted, view.rows_of(wanted).rows) if wanted else []
+        return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and view.has(c, request.where)]
 
     def _ordered(
         self, view: View, user: Weights, request: api.TopRequest, ids: list[str], rows: np.ndarray
     ) -> list[api.Score]:
         scores, stds = view.score(user, rows)
-        if self.rescore is not None:
+        if self.rescore is not None and ids:
             scores = np.asarray(self.rescore(str(request.user), ids, scores.tolist(), stds.tolist()), float)
         order = np.argsort(-scores, kind="stable")[: request.k]
         return [api.Score(ids[i], float(scores[i]), float(stds[i])) for i in order]
@@ -268,11 +287,8 @@ class Service:
         if self.contest is not None:
             view, version_propensity = self.contest.draw(view, who)
         user, user_known = self._weights(view, request)
-        inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self._ends(request.deadline_ms)
-        try:
-            found = await self._in_time(view.rows_by, inputs, user, ends, self.coarseness)
-        except asyncio.TimeoutError:
-            found = view.rows_at_hand(inputs)
+        inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self.ends(request.deadline_ms)
+        found = await self.rows_in_time(view, inputs, user, ends, self.coarseness)
         policy = request.explore or self.settings.explore
         drawn = await asyncio.get_running_loop().run_in_executor(
             None, choices.choose, found.rows, user, policy, self.settings

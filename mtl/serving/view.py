@@ -1,7 +1,7 @@
 """What a worker answers from: one model version, the features of its inputs, and users with what was observed of them.
 
 A view is of one version throughout; :func:`open_view` makes the next one when the store shows another. Here are the two
-places where an answer is made: :meth:`View.rows_of` (features of the inputs of a request) and :meth:`View.score`; features of
+places where an answer is made: :meth:`View.at_hand` (features of the inputs of a request) and :meth:`View.score`; features of
 inputs that have none are the :class:`mtl.serving.evaluator.Evaluator`'s.
 """
 
@@ -100,7 +100,7 @@ class View:
         return self.rows.take(rows, 0) if len(rows) == len(inputs) else None
 
     def rows_of(self, inputs: Sequence[str | Attributes]) -> Inputs:
-        """Features of inputs, given by ids or by attributes, computed where there are none.
+        """Features of inputs, given by ids or by attributes, computed where there are none, however long it takes.
 
         Raises:
             EncodingError: attributes that the model's encodings cannot take.
@@ -234,9 +234,12 @@ class View:
         return Weights(after.mean[0], quadratic, before.n_events + n)
 
     def _with_features(self, pending: Sequence[Pending]) -> tuple[Features, list[Pending]]:
-        """The observations of inputs that have features or attributes: as the update stream, others wait."""
-        found = self.rows_of([p.event.input_id for p in pending])
-        known = np.array(found.known)
+        """The observations of inputs whose features are at hand. The others wait: for features to be evaluated from
+        attributes, which a request for the user must not wait for; or, as in the update stream, for attributes."""
+        found, described = self.at_hand([p.event.input_id for p in pending])
+        known, places = np.array(found.known), list(described)
+        if places:
+            found.rows[places], known[places] = self.evaluator.observed(list(described.values()))
         return scorer.features_of(found.rows[known], self.d), [
             p for p, is_known in zip(pending, known, strict=True) if is_known
         ]

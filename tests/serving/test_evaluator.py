@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calling import INPUTS, Client, calling
+from made_up import EVENTS_BEFORE
 
+from mtl.prior import Prior
 from mtl.serving import evaluator as evaluators
 from mtl.serving.evaluator import EncodingError, Evaluator
 
@@ -160,3 +162,76 @@ def test_attributes_that_cannot_be_encoded_are_the_clients_fault(
         status, answer = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": [{"year": "old"}]})
         assert (status, answer["error"]) == (422, "bad_attributes")
         assert "year is no number" in answer["message"]
+
+
+DESCRIBED = f"x{INPUTS}"  # has attributes and no features
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set: functions of inputs return."""
+    go, mean = threading.Event(), Prior.mean
+
+    def wait(self: Prior, attributes: np.ndarray) -> np.ndarray:
+        go.wait(20)
+        return mean(self, attributes)
+
+    go.set()
+    monkeypatch.setattr(Prior, "mean", wait)
+    yield go
+    go.set()
+
+
+def test_an_observation_whose_function_hangs_keeps_nobody_waiting_and_counts_when_it_returns(
+    tmp_path: Path, held: threading.Event
+) -> None:
+    def n_events(user: str) -> int:
+        return client.ask("GET", f"/v1/users/{user}")[1]["n_events"]
+
+    with calling(tmp_path, "serve.feature_cache_mb=0") as client:
+        held.clear()
+        began = time.monotonic()
+        for user in ("u1", "u2"):
+            assert client.ask("POST", "/v1/observe", {"user": user, "input": DESCRIBED, "label": 5})[0] == 200
+        before = predict(client, "u1", "x1", deadline_ms=50)["scores"]
+        assert n_events("u1") == n_events("u2") == EVENTS_BEFORE
+        assert time.monotonic() - began < 2
+        held.set()
+        ends = time.monotonic() + 10
+        while n_events("u1") == EVENTS_BEFORE and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert n_events("u1") == n_events("u2") == EVENTS_BEFORE + 1
+        assert predict(client, "u1", "x1")["scores"] != before
+        assert evaluator_of(client)._apart.counts().done == 1  # for both, however often they were asked for
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "told"),
+    [
+        (f"/v1/inputs/{DESCRIBED}", "", {"incomplete": True}),
+        ("/v1/users/u1", f"input={DESCRIBED}", {"incomplete": True}),
+        ("/v1/similar", f"input={DESCRIBED}", {"incomplete": True}),
+        ("/v1/top", {"user": "u1", "candidates": ["x1", DESCRIBED]}, {"incomplete_inputs": [DESCRIBED]}),
+        ("/v1/choose", {"user": "u1", "inputs": ["x1", DESCRIBED]}, {"incomplete_inputs": [1]}),
+    ],
+)
+def test_every_route_answers_by_the_deadline(
+    tmp_path: Path, held: threading.Event, path: str, query: str | dict, told: dict
+) -> None:
+    with calling(tmp_path, "serve.deadline_ms=[60]", "serve.feature_cache_mb=0") as client:
+
+        def ask() -> dict:
+            posted = isinstance(query, dict)
+            status, answer = client.ask(*(("POST", path, query) if posted else ("GET", path, None, query)))
+            assert status == 200, answer
+            return {name: answer[name] for name in told if name in answer}
+
+        held.clear()
+        began = time.monotonic()
+        assert ask() == told
+        assert time.monotonic() - began < 2
+        held.set()
+        ends = time.monotonic() + 10
+        while ask() and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert ask() == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,6 +221,9 @@ def test_an_event_of_an_unknown_input_waits_here_as_it_does_there(copy: Copy) ->
     described = copy.tables.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["x99"], "year": [1.0]}))
     copy.tables.append(INPUTS, described)
     copy.refresh()
+    ends = time.monotonic() + 10  # for its features to be evaluated
+    while copy.n_events("u1") == before and time.monotonic() < ends:
+        time.sleep(0.01)
     assert copy.n_events("u1") == before + 1  # it counts here first
     update(copy.tables, settings())
     copy.refresh()

@@ -2,13 +2,15 @@
 
 A worker answers on one event loop. What a request waits for before the loop turns to it shows in no request's own time, so
 the loop's lag, how late a timer comes, is added to each; and those that wait count as in the server (:attr:`Admission.begun`).
+A request is in the server once its body is there: how long clients take to send is not the server's load.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -34,6 +36,7 @@ class Admission:
             0
         )  # requests that the server has read and not answered, where it can tell
         self.inside = self.admitted = self.refused = 0
+        self._uploads = 0  # requests of which the body is still to come
         self.lag = 0.0  # seconds
         self._latencies: list[float] = []  # seconds
         self._ticked = time.monotonic()
@@ -46,12 +49,22 @@ class Admission:
 
     @property
     def in_flight(self) -> int:
-        return max(self.inside, self.begun())
+        return max(self.inside, self.begun() - self._uploads)
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """While the body of a request is waited for."""
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     def enter(self) -> bool:
         """Whether one more request may be answered; it must :meth:`leave` then."""
         # One that was read is among those that have begun.
-        if self.state.limit is not None and not self.controller.admits(self.state, max(self.inside, self.begun() - 1)):
+        waiting = self.begun() - self._uploads - 1
+        if self.state.limit is not None and not self.controller.admits(self.state, max(self.inside, waiting)):
             self.refused += 1
             return False
         self.inside += 1

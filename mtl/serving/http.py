@@ -7,6 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -41,8 +42,8 @@ class Endpoint:
     """
 
     def __init__(self, name: str, answer: Answer, service: Service, metrics: Metrics, is_probe: bool = False):
-        self.answer, self.settings = answer, service.settings
-        self.admission = None if is_probe else service.admission
+        self.answer, self.settings, self.is_probe = answer, service.settings, is_probe
+        self.admission = service.admission
         self.observe = metrics.of(name)
         self.max_body = service.settings.max_body_kb * 1024
 
@@ -50,17 +51,21 @@ class Endpoint:
         started = time.perf_counter()
         status = 200
         headers: tuple[tuple[bytes, bytes], ...] = ()
-        admission = self.admission
-        is_in = admission is not None and admission.enter()
+        admission, is_in = self.admission, False
         try:
-            if admission is not None and not is_in:
-                raise _overloaded(admission)
             message = _there(receive)
             body = message.get("body", b"") if message else b""
             if message is None or message.get("more_body"):
-                body = await self._rest(body, receive)
+                try:
+                    body = await self._rest(body, receive)
+                finally:
+                    started = time.perf_counter()  # how long a client takes to send says nothing of the server
             if len(body) > self.max_body:
                 raise _too_large(self.max_body)
+            if admission is not None and not self.is_probe:
+                is_in = admission.enter()
+                if not is_in:
+                    raise _overloaded(admission)
             answer = self.answer(body, scope)
             content = answer if isinstance(answer, bytes) else await answer
         except Problem as problem:
@@ -78,20 +83,26 @@ class Endpoint:
         self.observe(status, elapsed)
 
     async def _rest(self, body: bytes, receive: Receive) -> bytes:
-        parts, size = [body], len(body)
+        """The whole body, of which there is a first part."""
+        uploading = self.admission.uploading() if self.admission is not None else nullcontext()
         try:
-            while True:
-                message = await asyncio.wait_for(receive(), self.settings.body_seconds)
-                if message["type"] == "http.disconnect":
-                    raise Problem(400, "incomplete", "the connection closed before the body was there")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > self.max_body:
-                    raise _too_large(self.max_body)
-                if not message.get("more_body"):
-                    return b"".join(parts)
+            with uploading:
+                return await asyncio.wait_for(self._joined(body, receive), self.settings.body_seconds)
         except asyncio.TimeoutError:
             raise Problem(408, "slow_body", "the body did not come in time (serve.body_seconds)") from None
+
+    async def _joined(self, body: bytes, receive: Receive) -> bytes:
+        parts, size = [body], len(body)
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Problem(400, "incomplete", "the connection closed before the body was there")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.max_body:
+                raise _too_large(self.max_body)
+            if not message.get("more_body"):
+                return b"".join(parts)
 
 
 class Authorization:

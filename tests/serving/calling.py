@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,21 @@ class Client:
         self, method: str, path: str, body: bytes = b"", query: bytes = b"", headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body); fails where no answer comes in ten seconds."""
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return self.loop.run_until_complete(self.exchange(method, path, receive, query, headers))
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        receive: Callable[[], Awaitable[dict[str, Any]]],
+        query: bytes = b"",
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """As :meth:`send`, its body received part by part."""
         messages: list[dict[str, Any]] = []
         scope = {
             "type": "http",
@@ -53,16 +68,10 @@ class Client:
             "client": ("127.0.0.1", 1),
         }
 
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
-
         async def send(message: dict[str, Any]) -> None:
             messages.append(message)
 
-        async def one() -> None:
-            await asyncio.wait_for(self.app(scope, receive, send), 10)
-
-        self.loop.run_until_complete(one())
+        await asyncio.wait_for(self.app(scope, receive, send), 10)
         head = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
         return messages[0]["status"], head, b"".join(message.get("body", b"") for message in messages[1:])
 

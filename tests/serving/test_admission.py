@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +100,34 @@ def test_a_shorter_deadline_than_the_requests_own_holds_under_load(tmp_path: Pat
         assert client.ask("POST", "/v1/predict", body)[1]["incomplete_inputs"] == [0]
         assert time.monotonic() - began < 5
         hang.set()
+
+
+def test_uploads_that_trickle_are_given_up_and_are_no_load(tmp_path: Path) -> None:
+    uploads, asked = 3, b'{"user":"u1","inputs":["x1"]}'
+
+    async def trickle() -> dict[str, Any]:
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def at_once() -> dict[str, Any]:
+        return {"type": "http.request", "body": asked, "more_body": False}
+
+    async def run(client: Client) -> tuple[list[int], list[int]]:
+        slow = [asyncio.create_task(client.exchange("POST", "/v1/predict", trickle)) for _ in range(uploads)]
+        await asyncio.sleep(0.05)
+        quick = [(await client.exchange("POST", "/v1/predict", at_once))[0] for _ in range(20)]
+        return [(await one)[0] for one in slow], quick
+
+    with calling(tmp_path, *OBJECTIVE, "serve.body_seconds=0.5") as client:
+        admission = admission_of(client)
+        admission.state = State(rung=LAST, limit=2)
+        admission.begun = lambda: uploads + 1  # as the server counts them
+        began = time.monotonic()
+        assert client.loop.run_until_complete(run(client)) == ([408] * uploads, [200] * 20)
+        assert time.monotonic() - began < 3
+        admission.begun = lambda: 0
+        assert admission.in_flight == 0
+        assert max(admission._latencies) < 0.4
 
 
 def test_requests_that_fail_leave_as_well(tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ class Studied:
         covariance = gaussian.unpack(scorer.covariance_of(user)[None], d)[0]
         phi = self.one[0, :d]
         common = scorer.belief(self.one, user)[1] - phi @ covariance @ phi  # of the variance, to all inputs
+        least, most = extents.range(keys, user.mean)
         low, high = extents.spread(keys, covariance)
-        return Members(extents.range(keys, user.mean), (np.maximum(common + low, 0.0), common + high))
+        return Members((least + user.offset, most + user.offset), (np.maximum(common + low, 0.0), common + high))
 
 
 class Evaluator:
@@ -136,7 +137,7 @@ class Evaluator:
         encoded, keys = self._keys(attributes, deadline, coarseness)
         mean, variance, complete = np.empty(n), np.empty(n), np.ones(n, bool)
         todo = np.ones(n, bool)
-        state = hash((user.mean.tobytes(), user.quadratic.tobytes()))
+        state = hash((user.mean.tobytes(), user.quadratic.tobytes(), user.offset))
         if cache is not None and keys is not None:
             found, held = cache.get("", state, keys)
             mean[held], variance[held] = found.T

@@ -25,6 +25,7 @@ class Weights(NamedTuple):
     mean: Array  # E[w], (d,)
     quadratic: Array  # E[wwᵀ] packed with entries beside the diagonal doubled, 2 E[w], 1: (width − 1,)
     n_events: int
+    offset: float = 0.0  # a known part of every h, which a large one would leave nothing of in E[wwᵀ]
 
 
 def width(d: int) -> int:
@@ -59,11 +60,10 @@ def quadratics(mean: Array, covariance: Array) -> Array:
 
 
 def moved(user: Weights, mean: float, variance: float) -> Weights:
-    """The user's weights with something more in every h, of this mean and variance, in the intercept."""
-    covariance, known = covariance_of(user)[None], user.mean[None].copy()
-    known[0, 0] += mean
-    covariance[0, 0] += variance
-    return Weights(known[0], quadratics(known, covariance)[0], user.n_events)
+    """The user's weights with something more in every h, of this mean and variance; the variance is in the intercept's."""
+    quadratic = user.quadratic.copy()
+    quadratic[0] += variance
+    return user._replace(quadratic=quadratic, offset=user.offset + mean)
 
 
 def covariance_of(user: Weights) -> Array:
@@ -78,6 +78,8 @@ def belief(rows: Array, user: Weights) -> tuple[Array, Array]:
     variance = rows[:, :-1] @ user.quadratic
     variance -= known * known
     known += rows[:, -1]
+    if user.offset:
+        known += user.offset
     return known, np.maximum(variance, 0.0, out=variance)
 
 

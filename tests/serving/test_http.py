@@ -201,6 +201,29 @@ def test_a_bad_request_says_what_is_wrong(
     assert says in json.loads(answer)["message"]
 
 
+def test_a_large_offset_is_a_part_of_every_answer_and_of_no_deviation(tmp_path: Path) -> None:
+    offset, inputs = 1e8, ["x1", {"year": 1.0}, "x60"]
+    settings = "serve.classes=rounded", "serve.prediction_cache_mb=1", "serve.max_batch=3"
+    with calling(tmp_path, *settings) as client:
+
+        def answers(**more: Any) -> list[dict[str, Any]]:
+            about = {"user": "u1", "inputs": inputs, **more}
+            batch = client.ask("POST", "/v1/predict/batch", {"requests": [about]})[1]["answers"][0]
+            top = client.ask("POST", "/v1/top", {"user": "u1", "candidates": ["x1"], **more})[1]
+            best = client.ask("POST", "/v1/top", {"user": "u1", "k": 3, **more})[1]
+            found = [client.ask("POST", "/v1/predict", about)[1], batch, top, best]
+            return [one for answer in found for one in answer["scores"]]
+
+        for plain, moved in zip(answers(), answers(offset=offset), strict=True):
+            assert plain["input"] == moved["input"]
+            assert moved["score"] - offset == pytest.approx(plain["score"], abs=1e-6)
+            assert moved["std"] == pytest.approx(plain["std"], rel=1e-9)
+            assert moved.get("bound", 0) == pytest.approx(plain.get("bound", 0), abs=1e-6)
+        status, chosen = client.ask("POST", "/v1/choose", {"user": "u1", "inputs": inputs, "offset": offset})
+        assert status == 200
+        assert 0 < chosen["std"] < 10
+
+
 def test_labels_that_the_loss_does_not_take_are_refused(tmp_path: Path) -> None:
     with calling(tmp_path, loss="logistic") as client:
         status, answer = client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 2})

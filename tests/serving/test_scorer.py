@@ -67,3 +67,16 @@ def test_linear_scores_order_as_the_mean_does() -> None:
     mean, _ = scorer.belief(rows, weights)
     linear = scorer.linear_scores(scorer.top_columns(rows, 6), weights)
     np.testing.assert_allclose(linear - linear[0], mean - mean[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.5, 1e8, -1e12])
+def test_an_offset_of_any_size_leaves_the_deviation_as_it_was(offset: float) -> None:
+    random = np.random.default_rng(2)
+    inputs, (weights, covariance) = scorer.feature_rows(features(random, 20, 4)), user(random, 4)
+    mean, variance = scorer.belief(inputs, weights)
+    shifted = scorer.moved(weights, offset, 0.25)
+    np.testing.assert_allclose(scorer.belief(inputs, shifted)[0], mean + offset, rtol=1e-15)
+    np.testing.assert_allclose(scorer.belief(inputs, shifted)[1], variance + 0.25, rtol=1e-12)
+    expected = covariance[0].copy()
+    expected[0] += 0.25
+    np.testing.assert_allclose(scorer.covariance_of(shifted), expected, atol=1e-12)

@@ -109,6 +109,11 @@ class Model:
         """The means of :meth:`user_posteriors` alone, (n, d)."""
         return self.artefact.users.conditional_mean(a, b, prior_mean, self.noise)
 
+    def weights_without_events(self, prior_mean: Array) -> Array:
+        """Means of the weights of users without events, (n, d): the prior's, but for the zeros that all users have."""
+        n, d = prior_mean.shape
+        return self.user_weights(np.zeros((n, gaussian.packed_length(d))), np.zeros((n, d)), prior_mean)
+
 
 def _encoded(encoder: InputEncoder, attributes: pd.DataFrame, implicit: int) -> Array:
     z = encoder(attributes)

@@ -32,9 +32,9 @@ def pack_users(cycle: int, n_events: Iterable[int], users: Array) -> Iterator[by
         yield _HEADER.pack(cycle, n) + data[i * width : (i + 1) * width]
 
 
-def pack_described(cycle: int, prior_mean: Array) -> bytes:
-    """A user of whom only attributes are known: the covariance is that of all such users."""
-    return _HEADER.pack(cycle, 0) + prior_mean.tobytes()
+def pack_described(cycle: int, mean: Array) -> bytes:
+    """A user of whom only attributes are known, by the mean of the weights: the covariance is that of all such users."""
+    return _HEADER.pack(cycle, 0) + mean.tobytes()
 
 
 def unpack_user(record: bytes, d: int) -> tuple[int, Array, Array]:

@@ -192,7 +192,7 @@ class Refresher:
         self.store.delete_users_before(model.version, cycle)
 
     def _describe_users(self, model: Model, attributes: pa.Table, cycle: int, whole: bool = False) -> None:
-        """Prior means of users of whom there is no event; in a ``whole`` reading, of whom no row was met in this cycle."""
+        """Weights of users of whom there is no event; in a ``whole`` reading, of whom no row was met in this cycle."""
         for first in range(0, attributes.num_rows, _ROWS_AT_ONCE):
             rows = attributes.slice(first, _ROWS_AT_ONCE)
             users = [digest(user) for user in rows[USER_ID].to_pylist()]
@@ -205,7 +205,7 @@ class Refresher:
                 ]
             if place:
                 frame = rows.take(pa.array(place)).drop_columns([USER_ID]).to_pandas()
-                means = model.prior_mean_of_new(frame)
+                means = model.weights_without_events(model.prior_mean_of_new(frame))
                 described = zip((users[i] for i in place), means, strict=True)
                 self.store.write_users(model.version, ((user, pack_described(cycle, mean)) for user, mean in described))
 

@@ -166,7 +166,7 @@ class View:
 
     def _weights_in(self, record: bytes) -> Weights:
         n_events, mean, quadratic = unpack_user(record, self.d)
-        return Weights(mean, quadratic, n_events) if len(quadratic) else self._of_prior(mean)
+        return Weights(mean, quadratic, n_events) if len(quadratic) else self._without_events(mean)
 
     def _with_observations(
         self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction
@@ -191,26 +191,25 @@ class View:
         Raises:
             EncodingError: attributes that the model's encodings cannot take.
         """
-        return self._of_prior(self._prior_mean([attributes]))
+        return self._without_events(self._mean_of_new(attributes))
 
     @cached_property
     def unknown_weights(self) -> Weights:
-        return self._of_prior(self._prior_mean([{}]))
+        return self._without_events(self._mean_of_new({}))
 
     @cached_property
     def prior_covariance(self) -> Array:
         """Of a user without events, packed."""
-        d = self.d
-        return self.model.user_posteriors(
-            np.zeros((1, gaussian.packed_length(d))), np.zeros((1, d)), self._prior_mean([{}])[None]
-        ).covariance
+        nothing = np.zeros((1, gaussian.packed_length(self.d))), np.zeros((1, self.d))
+        return self.model.user_posteriors(*nothing, np.zeros((1, self.d))).covariance
 
-    def _of_prior(self, mean: Array) -> Weights:
+    def _without_events(self, mean: Array) -> Weights:
         return Weights(mean, scorer.quadratics(mean[None], self.prior_covariance)[0], 0)
 
-    def _prior_mean(self, attributes: Sequence[Attributes]) -> Array:
+    def _mean_of_new(self, attributes: Attributes) -> Array:
+        """The mean of the weights (d,) of a user without events."""
         try:
-            return self.model.prior_mean_of_new(frame_of(attributes))[0]
+            return self.model.weights_without_events(self.model.prior_mean_of_new(frame_of([attributes])))[0]
         except (TypeError, ValueError) as error:
             raise EncodingError(str(error)) from error
 

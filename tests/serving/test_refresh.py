@@ -4,28 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from made_up import MEAN_LABEL, VERSION, covariances, model_row
+from made_up import MEAN_LABEL, VERSION, covariances, features, model_row
 
 from mtl import gaussian, schema
 from mtl.arrow import lists
 from mtl.config import load_settings
 from mtl.features import Features, feature_rows
-from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, LEDGER, MODELS, USER_ID, USERS
+from mtl.schema import (
+    EVENT_ID,
+    EVENTS,
+    FEATURES,
+    INPUT_ID,
+    INPUTS,
+    LABEL,
+    LEDGER,
+    MODELS,
+    USER_ATTRIBUTES,
+    USER_ID,
+    USERS,
+)
 from mtl.serving.observations import Event
 from mtl.serving.overlay import open_overlay
 from mtl.serving.records import digest
 from mtl.serving.refresh import Refresher
+from mtl.serving.scorer import Weights, covariance_of
 from mtl.serving.source import Source
 from mtl.serving.store import Store
 from mtl.serving.view import View, open_view
+from mtl.zeros import WithZeros
 
 K = 2
 D = K + 1
@@ -34,10 +51,15 @@ D = K + 1
 class Tables:
     """Tables of one model version, and a store that follows them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, zeros: float = 0.0):
+        """Args: zeros: weight of implicit feedback."""
         self.root, self.random = folder / "tables", np.random.default_rng(0)
         row = {**model_row(K), schema.EVENTS_VERSION: 0, schema.N_EVENTS: 1}
         row |= {schema.CREATED_AT: datetime.now(timezone.utc), schema.PROMOTED_AT: datetime.now(timezone.utc)}
+        if zeros:
+            artefact = cloudpickle.loads(row[schema.ARTEFACT])
+            users = WithZeros.of(artefact.users, features(self.random, 50, D), zeros)
+            row[schema.ARTEFACT] = cloudpickle.dumps(replace(artefact, users=users))
         kinds = {schema.INPUT_COLUMNS: pa.list_(pa.int32()), schema.USER_COLUMNS: pa.list_(pa.int32())}
         self.append(MODELS, pa.table({name: pa.array([value], kinds.get(name)) for name, value in row.items()}))
         self.features("x0", "x1")
@@ -195,3 +217,23 @@ def test_an_erasure_before_which_the_process_dies_is_done_by_the_next(
             tables.refresh()
     tables.refresh()
     assert (tables.counts(), tables.seen("u1")) == ({"x0": 1}, 0)
+
+
+def test_zeros_speak_of_users_without_events_as_they_do_in_score(tmp_path: Path) -> None:
+    """Mean and covariance together: of nobody, of attributes in the tables, and of those of a request."""
+    tables = Tables(tmp_path, zeros=0.3)
+    tables.append(USER_ATTRIBUTES, pa.table({USER_ID: ["u9"], "age": [1.5]}))
+    view = tables.refresh()
+    model, nothing = view.model, (np.zeros((1, gaussian.packed_length(D))), np.zeros((1, D)))
+
+    def assert_known(user: Weights | None, attributes: pd.DataFrame) -> None:
+        expected = model.user_posteriors(*nothing, model.prior_mean_of_new(attributes))
+        assert np.abs(expected.mean - model.prior_mean_of_new(attributes)).max() > 0.1
+        assert user is not None
+        np.testing.assert_allclose(user.mean, expected.mean[0], atol=1e-9)
+        np.testing.assert_allclose(covariance_of(user), expected.covariance[0], atol=1e-9)
+
+    described = pd.DataFrame({"age": [1.5]})
+    assert_known(view.unknown_weights, pd.DataFrame(index=[0]))
+    assert_known(view.weights_of("u9"), described)
+    assert_known(view.weights_of_described({"age": 1.5}), described)

@@ -24,8 +24,10 @@ from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.model import Model, model_of
 from mtl.prior import Prior
+from mtl.schema import INPUTS
 from mtl.serving import scorer
 from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
+from mtl.serving.filters import matches
 from mtl.serving.overlay import Overlay, Pending, is_covered
 from mtl.serving.records import cycle_of, digest, prefix, unpack_user
 from mtl.serving.scorer import Weights
@@ -77,7 +79,7 @@ class View:
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
     _index: dict[str, int] = field(default_factory=dict, repr=False)
-    _lacking: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+    _lacking: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict, repr=False)
     _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -332,18 +334,19 @@ class View:
             return True
         with self.store.reading() as transaction:
             attributes = self.store.attributes(transaction, identity) or {}
-        return all(_matches(attributes.get(name), value) for name, value in where.items())
+        return all(matches(attributes.get(name), value) for name, value in where.items())
 
     def _without(self, name: str, value: Any) -> np.ndarray:
-        """Rows of the inputs that lack an attribute; looked through once for every attribute asked for."""
-        key = (name, str(value))
+        """Rows of the inputs that lack an attribute; looked through once for what is asked for, until attributes change."""
+        with self.store.reading() as transaction:
+            key = (name, repr(value), self.store.versions(transaction).get(INPUTS, -1))
         if key not in self._lacking:
             if len(self._lacking) >= _FILTERS:
                 self._lacking.clear()
             rows = np.arange(len(self.rows))
             with self.store.reading() as transaction:
                 found = (self.store.attributes(transaction, one) for one in self.ids(rows))
-                has = np.fromiter((_matches((a or {}).get(name), value) for a in found), bool, len(rows))
+                has = np.fromiter((matches((a or {}).get(name), value) for a in found), bool, len(rows))
             self._lacking[key] = np.flatnonzero(~has)
         return self._lacking[key]
 
@@ -389,9 +392,3 @@ def open_view(store: Store, overlay: Overlay, settings: ServeSettings, before: V
 def _spread(n: int) -> np.ndarray:
     """Places of a sample of n rows."""
     return np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64)) if n else np.empty(0, np.int64)
-
-
-def _matches(value: Any, wanted: Any) -> bool:
-    if isinstance(value, list):
-        return wanted in value or str(wanted) in map(str, value)
-    return value == wanted or (value is not None and str(value) == str(wanted))

@@ -114,17 +114,24 @@ class ObservationLog:
         return time.monotonic() - self._opened_at if self._file is not None else 0.0
 
     def seal(self) -> None:
-        """Hand the open segment over to ingest; all its events must be in the overlay."""
+        """Hand the open segment over to ingest; all its events must be in the overlay.
+
+        Raises:
+            OSError: it cannot be now, and is still open; or it is, and a crash of the machine may undo that; or it was
+                deleted, and the next row begins another.
+        """
         if self._file is None:
             return
-        file, self._file = self._file, None
         try:
             if self.size:
                 _rename(self._path)
             else:
                 self._path.unlink(missing_ok=True)
-        finally:
-            os.close(file)
+        except FileNotFoundError:
+            self._close()
+            raise
+        self._close()
+        _sync_folder(self.folder)
 
     def _open(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +154,12 @@ class ObservationLog:
             os.fsync(self._file)
             self.seal()
         except OSError:
-            if self._file is not None:
-                os.close(self._file)  # left to be recovered
-            self._file = None
+            self._close()  # left to be recovered
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self.size = None, 0
 
 
 def recover(folder: Path, keep: Callable[[list[bytes]], object]) -> int:
@@ -175,6 +185,7 @@ def _recover_one(path: Path, file: BinaryIO, keep: Callable[[list[bytes]], objec
     if whole:
         keep(text[:whole].split(b"\n")[:-1])
         _rename(path)
+        _sync_folder(path.parent)
     else:
         path.unlink()
     return True
@@ -216,7 +227,6 @@ def _rename(path: Path) -> None:
     name = path.name.removeprefix(_OPEN).removesuffix(_ENDING)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     path.rename(path.with_name(f"{_SEALED}{stamp}-{name}{_ENDING}"))
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

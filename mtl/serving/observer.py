@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ from mtl.serving.observations import Choice, Event, Feedback, ObservationLog, pa
 from mtl.serving.overlay import Overlay
 
 log = logging.getLogger("mtl")
+
+_RETRY_SECONDS = 5.0  # after a segment could not be sealed
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Observer:
     _waiting: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]] = field(default_factory=list)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _stopped: bool = False
+    _seal_after: float = 0.0  # on the clock of time.monotonic
 
     def start(self) -> None:
         """Recover what workers that died left, then wait for observations."""
@@ -73,27 +78,37 @@ class Observer:
         return await done
 
     def _run(self) -> None:
-        while True:
+        try:
+            self._work()
+        except BaseException:
+            # Requests would wait for a thread that is gone: the supervisor starts another worker.
+            log.exception("serve: nothing can be observed any more: ending this worker")
+            os._exit(1)
+
+    def _work(self) -> None:
+        is_over = False
+        while not is_over:
             with self._condition:
-                while not self._waiting and not self._stopped:
+                if not self._waiting and not self._stopped:
                     self._condition.wait(1.0)
-                    self._seal_old()
                 group, self._waiting = self._waiting, []
-                if not group and self._stopped:
-                    break
-            try:
-                new = self._write(group)
-            except Exception as error:
-                log.error("serve: observations could not be written: %s", error)
-                for _, _, done in group:
-                    _resolve(done, error)
-            else:
-                for (_, _, done), is_new in zip(group, new, strict=True):
-                    _resolve(done, is_new)
+                is_over = self._stopped and not group
+            if group:
+                self._answer(group)
             self._seal_old()
-        self._events.seal()
-        self._rewards.seal()
-        self._choices.seal()
+        for segment in (self._events, self._rewards, self._choices):
+            self._seal(segment)
+
+    def _answer(self, group: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]]) -> None:
+        try:
+            new = self._write(group)
+        except Exception as error:
+            log.error("serve: observations could not be written: %s", error)
+            for _, _, done in group:
+                _resolve(done, error)
+        else:
+            for (_, _, done), is_new in zip(group, new, strict=True):
+                _resolve(done, is_new)
 
     def _write(self, group: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]]) -> list[bool]:
         for kind, segment in ((Feedback, self._rewards), (Choice, self._choices)):
@@ -115,9 +130,18 @@ class Observer:
         return self.overlay.insert(offered)
 
     def _seal_old(self) -> None:
+        if time.monotonic() < self._seal_after:
+            return
         for segment in (self._events, self._rewards, self._choices):
             if segment.age() > self.segment_seconds or segment.size > self.segment_bytes:
-                segment.seal()
+                self._seal(segment)
+
+    def _seal(self, segment: ObservationLog) -> None:
+        try:
+            segment.seal()
+        except OSError as error:
+            log.error("serve: a segment of %s is not handed over yet: %s", segment.folder, error)
+            self._seal_after = time.monotonic() + _RETRY_SECONDS
 
 
 def _resolve(done: asyncio.Future[bool], outcome: bool | Exception) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtl.errors import StateError
+from mtl.serving import observations
 from mtl.serving.observations import Event, ObservationLog, parse, read, recover, sealed
 
 
@@ -90,3 +91,31 @@ def test_a_damaged_line_is_named_with_its_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"e1", b'"'))
     with pytest.raises(StateError, match=rf"{path.name}: line 2 is damaged"):
         list(read([path]))
+
+
+def test_after_a_segment_was_deleted_another_is_begun(tmp_path: Path) -> None:
+    log = ObservationLog(tmp_path)
+    log.append([event(0)])
+    next(tmp_path.iterdir()).unlink()
+    with pytest.raises(FileNotFoundError):
+        log.seal()
+    log.append([event(1)])
+    log.seal()
+    assert [e.event_id for e in read(sealed(tmp_path))] == ["e1"]
+
+
+def test_a_segment_that_cannot_be_renamed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = ObservationLog(tmp_path)
+    log.append([event(0)])
+
+    def fail(path: Path) -> None:
+        raise OSError("disk failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(observations, "_rename", fail)
+        with pytest.raises(OSError, match="disk failed"):
+            log.seal()
+    log.append([event(1)])
+    log.seal()
+    assert [e.event_id for e in read(sealed(tmp_path))] == ["e0", "e1"]
+    assert log.size == 0

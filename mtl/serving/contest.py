@@ -50,6 +50,7 @@ class Record:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = lmdb.open(str(folder), map_size=_SIZE, max_dbs=len(_TABLES), max_readers=512, sync=False)
+        self.environment.reader_check()  # a process that was killed while it read holds pages
         *self._decisions, self._sums = map(self.environment.open_db, _TABLES)
 
     def close(self) -> None:

@@ -55,22 +55,34 @@ def keep_like_the_tables(
                 is_expected = isinstance(error, (*UNREADABLE, MtlError, lmdb.MapFullError))
                 log.error("serve: the tables cannot be followed: %s", told, exc_info=not is_expected)
             failure, failures = told, failures + 1
-            overlay.tell(Status(overlay.status().checked_at, told))
+            _tell(overlay, told)
         if began - cleared > _CLEAR_SECONDS:
             try:
                 clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
-            except MtlError as error:
+            except (MtlError, lmdb.Error, OSError) as error:
                 log.error("serve: nothing old is cleared away: %s", error)
             cleared = began
-        pause = min(settings.refresh_seconds * 2**failures, max(_LONGEST_WAIT, settings.refresh_seconds))
+        pause = min(settings.refresh_seconds * 2 ** min(failures, 10), max(_LONGEST_WAIT, settings.refresh_seconds))
         while not stopped() and (left := began + pause - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
     store.close()
     overlay.close()
 
 
+def _tell(overlay: Overlay, failure: str) -> None:
+    try:
+        overlay.tell(Status(overlay.status().checked_at, failure))
+    except lmdb.Error as error:  # it may be what failed
+        log.error("serve: workers cannot be told of it: %s", error)
+
+
 def clear_old(store: Store, overlay: Overlay, log_folder: Path | None, seconds: float) -> int:
-    """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments."""
+    """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments.
+
+    What processes that were killed were reading is free again.
+    """
+    for environment in (store.environment, overlay.environment):
+        environment.reader_check()
     before, deleted = time.time() - seconds, 0
     old = [path for path in sealed(log_folder) if path.stat().st_mtime < before] if log_folder else []
     if old:

@@ -32,6 +32,7 @@ from mtl.serving.observations import Event
 from mtl.serving.records import DIGEST_BYTES, cycle_of, digest
 
 _SIZE = 8 << 30  # of address space
+_AT_ONCE = 5_000  # ids a transaction
 _TABLES = (b"meta", b"events", b"revisions", b"ids", b"asked")
 _SEQUENCE, _BOOT, _STATUS = b"sequence", b"boot", b"status"
 
@@ -67,6 +68,7 @@ class Overlay:
                 subdir=False,
                 sync=False,
             )
+            self.environment.reader_check()  # a process that was killed while it read holds pages
             self._meta, self._events, self._revisions, self._ids, self._asked = map(self.environment.open_db, _TABLES)
         except lmdb.Error as error:
             raise StateError(
@@ -175,20 +177,16 @@ class Overlay:
             transaction.put(_SEQUENCE, _number(sequence), db=self._meta)
 
     def forget_ids(self, before: float) -> int:
-        """Ids that came before a time (seconds since 1970) and wait for nothing."""
+        """Ids that came before a time (seconds since 1970) and wait for nothing; observations need not wait for it."""
         waiting = {digest(pending.event.event_id) for pending in self.every().values()}
-        forgotten = 0
-        with self.environment.begin(write=True) as transaction:
-            cursor = transaction.cursor(db=self._ids)
-            there = cursor.first()
-            while there:
-                if int.from_bytes(cursor.value(), "big") < before and bytes(cursor.key()) not in waiting:
-                    cursor.delete()
-                    there = bool(cursor.key())
-                    forgotten += 1
-                else:
-                    there = cursor.next()
-        return forgotten
+        with self.reading() as transaction:
+            came = ((bytes(key), int.from_bytes(value, "big")) for key, value in transaction.cursor(db=self._ids))
+            old = [key for key, moment in came if moment < before and key not in waiting]
+        for first in range(0, len(old), _AT_ONCE):
+            with self.environment.begin(write=True) as transaction:
+                for key in old[first : first + _AT_ONCE]:
+                    transaction.delete(key, db=self._ids)
+        return len(old)
 
     def tell(self, status: Status) -> None:
         with self.environment.begin(write=True) as transaction:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import lmdb
 import msgspec
 import numpy as np
 
@@ -358,10 +359,10 @@ class Service:
     # Parts.
 
     async def _log(self, row: Event | Feedback | Choice, what: str, look_up: bool = False) -> bool:
-        """Whether a row is new, once it is on disk."""
+        """Whether a row is new, once it is on disk and every worker sees it."""
         try:
             return await self.observer.add(row, look_up)
-        except OSError as error:
+        except (OSError, lmdb.Error) as error:
             raise Problem(503, "not_written", f"{what} could not be put on disk", _RETRY) from error
 
     def shown(self) -> View:

@@ -69,6 +69,7 @@ class Store:
                 lock=True,
                 readahead=False,
             )
+            self.environment.reader_check()  # a process that was killed while it read holds pages
             self._db = {
                 name: self.environment.open_db(
                     name, create=not readonly, dupsort=name == b"seen", dupfixed=name == b"seen"

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
+import pytest
+from running import ROOT
+
 from mtl.config import load_settings
-from mtl.serving.housekeeping import clear_old
+from mtl.serving import housekeeping
+from mtl.serving.contest import Record
+from mtl.serving.housekeeping import clear_old, keep_like_the_tables
 from mtl.serving.observations import Event, ObservationLog, sealed
-from mtl.serving.overlay import open_overlay
+from mtl.serving.overlay import Overlay, open_overlay
 from mtl.serving.store import Store
 
 
@@ -45,3 +54,69 @@ def test_the_token_is_not_among_the_settings_that_a_model_keeps() -> None:
     assert settings.serve.token.get_secret_value() == "12345"
     assert "12345" not in settings.model_dump_json()
     assert "12345" not in repr(settings)
+
+
+KINDS: dict[str, Callable[[Path], Store | Overlay | Record]] = {
+    "store": lambda folder: Store(folder, 1),
+    "overlay": Overlay,
+    "record": Record,
+}
+_OPENED = """
+import os, signal, sys
+from pathlib import Path
+from mtl.serving.contest import Record
+from mtl.serving.overlay import Overlay
+from mtl.serving.store import Store
+kind, folder, then = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+opened = Store(folder, 1, readonly=True) if kind == "store" else {"overlay": Overlay, "record": Record}[kind](folder)
+if then == "die":
+    transaction = opened.environment.begin()
+    os.kill(os.getpid(), signal.SIGKILL)
+print(opened.environment.reader_check())
+"""
+
+
+def _elsewhere(kind: str, folder: Path, then: str) -> str:
+    """What a process says that opened it too."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _OPENED, kind, str(folder), then]
+    return subprocess.run(command, capture_output=True, text=True, env=environment).stdout.strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_process_was_reading_is_free_when_the_next_opens_it(tmp_path: Path, kind: str) -> None:
+    opened = KINDS[kind](tmp_path)  # as by the other processes of the server, which live
+    _elsewhere(kind, tmp_path, "die")
+    assert _elsewhere(kind, tmp_path, "live") == "0"
+    assert opened.environment.reader_check() == 0
+
+
+def test_what_killed_processes_were_reading_is_free_when_what_is_old_is_cleared(tmp_path: Path) -> None:
+    store, overlay = Store(tmp_path, 1), Overlay(tmp_path)
+    for kind in ("store", "overlay"):
+        _elsewhere(kind, tmp_path, "die")
+    clear_old(store, overlay, None, 3600.0)
+    assert store.environment.reader_check() == overlay.environment.reader_check() == 0
+
+
+def test_the_refresher_goes_on_whatever_fails_however_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are not there, an overlay that is full, and more failures than a power of two is a float of."""
+    looks = 0
+
+    def is_over() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 4000
+
+    def fail(*_: object) -> None:
+        raise lmdb.MapFullError("full")
+
+    monkeypatch.setattr(housekeeping.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(housekeeping, "_LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(housekeeping, "_CLEAR_SECONDS", 0.0)
+    monkeypatch.setattr(housekeeping.Refresher, "refresh", fail)
+    monkeypatch.setattr(housekeeping.Overlay, "tell", fail)
+    monkeypatch.setattr(housekeeping, "clear_old", fail)
+    settings = load_settings([], ["serve.refresh_seconds=1e-9", "serve.store_gb=1"]).serve
+    keep_like_the_tables(settings, str(tmp_path / "nowhere"), tmp_path, None, is_over)
+    assert looks > 4000

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -240,6 +241,15 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_learnt(client: Client, monke
     status, answer = client.ask("POST", "/v1/observe", {"user": "u6", "input": "x1", "label": 1})
     assert (status, answer["error"]) == (503, "not_written")
     assert client.ask("GET", "/v1/users/u6")[1]["n_events"] == EVENTS_BEFORE
+
+
+def test_an_overlay_that_is_full_is_told(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(events: Any) -> None:
+        raise lmdb.MapFullError("full")
+
+    monkeypatch.setattr(client.service.overlay, "insert", fail)
+    status, answer = client.ask("POST", "/v1/observe", {"user": "u6", "input": "x1", "label": 1})
+    assert (status, answer["error"]) == (503, "not_written")
 
 
 def test_a_deadline_is_kept_by_a_feature_function_that_hangs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from made_up import EVENTS_BEFORE, VERSION, fill
 
 from mtl import gaussian
 from mtl.config import load_settings
+from mtl.serving import overlay
 from mtl.serving import view as views
 from mtl.serving.observations import Event
 from mtl.serving.overlay import Pending, open_overlay
@@ -143,3 +145,21 @@ def test_a_damaged_overlay_is_made_anew(tmp_path: Path) -> None:
 def test_pending_rows_read_as_written() -> None:
     pending = Pending(event(0), True, (3, 1), (2, 9))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(pending), type=Pending) == pending
+
+
+def test_observations_do_not_wait_for_a_look_for_old_ids(view: View) -> None:
+    view.overlay.insert([(event(0), False)])
+    looking = threading.Thread(target=view.overlay.forget_ids, args=(0.0,), daemon=True)
+    with view.overlay.environment.begin(write=True):  # as of a worker that inserts
+        looking.start()
+        looking.join(5)
+        waited = looking.is_alive()
+    assert not waited
+
+
+def test_ids_are_forgotten_part_by_part(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "_AT_ONCE", 3)
+    view.overlay.insert([(event(i), False) for i in range(10)])
+    view.overlay.delete([key for key, pending in view.overlay.every().items() if pending.event.event_id != "e4"])
+    assert view.overlay.forget_ids(before=2e9) == 9
+    assert [i for i in range(10) if view.overlay.knows(f"e{i}")] == [4]

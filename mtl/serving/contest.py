@@ -3,15 +3,19 @@
 Beside the live version there are *rivals*, each with a copy of the tables, observations and a refresher of its own: what a
 server of that version would have. An observation is put into the observations of all, and so counts once in each.
 
+A rival competes while the update job follows it, as a candidate newer than the live version or as that itself. One that was
+refused, retired or overtaken is not answered from, nor told of observations: nobody would take them off its hands.
+
 Rewards are summed in one small LMDB environment that all workers share. The truth are the logs of decisions and rewards:
 from them it is made anew whenever the server starts.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +24,7 @@ import lmdb
 import msgspec
 import numpy as np
 
+from mtl import schema
 from mtl.config import ServeSettings
 from mtl.errors import StateError
 from mtl.serving import bandit
@@ -31,6 +36,8 @@ from mtl.serving.records import digest
 from mtl.serving.store import Store
 from mtl.serving.view import View
 
+log = logging.getLogger("mtl")
+
 _SIZE = 8 << 30  # of address space
 _TABLES = (b"decisions-0", b"decisions-1", b"sums")  # when one of decisions is full the other one is emptied
 _CURRENT = b"current"  # which of them is written to
@@ -38,6 +45,7 @@ REMEMBERED = 5_000_000  # decisions
 _AT_ONCE = 10_000  # rows of the logs a transaction
 
 Row = TypeVar("Row", Choice, Feedback)
+NextView = Callable[[Store, Overlay, View | None], View | None]  # (store, observations, the view before) → the view
 
 
 class Record:
@@ -140,7 +148,18 @@ class Rival:
 
     store: Store
     overlay: Overlay
-    view: View | None = None  # None: not read from the tables yet
+    version: int
+    view: View | None = None  # None: not read from the tables yet, or over
+    is_over: bool = False  # no stream follows it
+
+    def look(self, next_view: NextView) -> None:
+        """Take over what its store shows now."""
+        with self.store.reading() as transaction:
+            models = self.store.model_list(transaction)
+        was_over, self.is_over = self.is_over, bool(models) and not _is_followed(self.version, models)
+        if self.is_over != was_over:
+            log.info("serve: version %d %s", self.version, "competes no more" if self.is_over else "competes again")
+        self.view = None if self.is_over else next_view(self.store, self.overlay, self.view)
 
 
 class Drawn(NamedTuple):
@@ -165,14 +184,10 @@ class Contest(ABC):
         """The version that answers a user where no decision is made."""
         return live
 
-    def look(self, next_view: Callable[[Store, Overlay, View | None], View | None]) -> None:
-        """Take over what the rivals' stores show now.
-
-        Args:
-            next_view: (store, observations, the view before) → the view.
-        """
+    def look(self, next_view: NextView) -> None:
+        """Take over what the rivals' stores show now."""
         for rival in self.rivals:
-            rival.view = next_view(rival.store, rival.overlay, rival.view)
+            rival.look(next_view)
 
     def competitors(self, live: View) -> dict[int, View]:
         """The live version, in place 0, and the rivals that can answer, in theirs."""
@@ -227,6 +242,13 @@ def contest_of(settings: ServeSettings, rivals: Sequence[Rival], record: Record)
     if settings.contest == "split":
         return ByUser(rivals, record, settings.contest_shares or [1.0] * (1 + len(rivals)))
     return ByRewards(rivals, record, bandit.Exp3() if settings.contest == "exp3" else bandit.ThompsonVersions())
+
+
+def _is_followed(version: int, models: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the update job has a stream of the version."""
+    status = {row[schema.MODEL_VERSION]: row[schema.STATUS] for row in models}
+    live = max((one for one, its in status.items() if its == schema.LIVE), default=0)
+    return version == live or (status.get(version) == schema.CANDIDATE and version > live)
 
 
 def _key(version: int) -> bytes:

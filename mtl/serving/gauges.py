@@ -21,7 +21,7 @@ def readings(service: Service) -> dict[str, Reading]:
             "Since store and tables last agreed.", max(0.0, time.time() - service.checked_at)
         ),
         "mtl_unconfirmed_observations": Reading(
-            "Observations not in their users' rows yet.", service.overlay.n_pending()
+            "Observations not in their users' rows yet, of the live version and of each rival.", service.n_pending()
         ),
         "mtl_inputs": Reading("Inputs with features.", len(view.rows) if view else 0),
     }

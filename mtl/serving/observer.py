@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtl.serving.contest import Record
+import lmdb
+
+from mtl.serving.contest import Record, Rival
 from mtl.serving.observations import Choice, Event, Feedback, ObservationLog, parse, recover
 from mtl.serving.overlay import Overlay
 
@@ -29,7 +31,7 @@ class Observer:
         feedback: of the log of rewards.
         decisions: of the log of decisions.
         segment_seconds, segment_bytes: when a segment is handed over to ingest.
-        others: observations of rivals (:mod:`mtl.serving.contest`), which get what ``overlay`` gets.
+        rivals: versions (:mod:`mtl.serving.contest`) that are told what ``overlay`` is, unless they are over.
         record: of what their decisions earn.
     """
 
@@ -39,12 +41,13 @@ class Observer:
     decisions: Path
     segment_seconds: float
     segment_bytes: float
-    others: Sequence[Overlay] = ()
+    rivals: Sequence[Rival] = ()
     record: Record | None = None
     _waiting: list[tuple[Event | Feedback | Choice, bool, asyncio.Future[bool]]] = field(default_factory=list)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _stopped: bool = False
     _seal_after: float = 0.0  # on the clock of time.monotonic
+    _failing: set[int] = field(default_factory=set)  # rivals that could not be told of the last observations
 
     def start(self) -> None:
         """Recover what workers that died left, then wait for observations."""
@@ -125,9 +128,21 @@ class Observer:
         return [next(new) if isinstance(row, Event) else True for row, _, _ in group]
 
     def _insert(self, offered: list[tuple[Event, bool]]) -> list[bool]:
-        for overlay in self.others:
-            overlay.insert(offered)
-        return self.overlay.insert(offered)
+        new = self.overlay.insert(offered)
+        for rival in self.rivals:
+            if not rival.is_over:
+                self._tell(rival, offered)
+        return new
+
+    def _tell(self, rival: Rival, offered: list[tuple[Event, bool]]) -> None:
+        """Let a rival know; one that fails holds nobody up."""
+        try:
+            rival.overlay.insert(offered)
+            self._failing.discard(rival.version)
+        except lmdb.Error as error:
+            if rival.version not in self._failing:
+                log.error("serve: version %d is not told of observations: %s", rival.version, error)
+            self._failing.add(rival.version)
 
     def _seal_old(self) -> None:
         if time.monotonic() < self._seal_after:

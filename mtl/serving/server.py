@@ -206,9 +206,9 @@ async def _work(
     store, overlay = Store(folders.store, settings.store_gb, readonly=True), Overlay(folders.store)
     logs = folders.log, folders.feedback, folders.decisions
     contest = _contest(settings, folders)
-    others, record = ([rival.overlay for rival in contest.rivals], contest.record) if contest else ((), None)
+    rivals, record = (contest.rivals, contest.record) if contest else ((), None)
     segments = settings.segment_seconds, settings.segment_mb * 2**20
-    observer = Observer(overlay, *logs, *segments, others, record)
+    observer = Observer(overlay, *logs, *segments, rivals, record)
     observer.start()
     service = Service(store, overlay, observer, settings, rescore_of(settings), contest)
     service.look()
@@ -282,8 +282,9 @@ def _contest(settings: ServeSettings, folders: Folders) -> Contest | None:
     if not settings.rivals:
         return None
     rivals = [
-        Rival(Store(folder, settings.store_gb, readonly=True), Overlay(folder))
-        for folder in map(folders.rival, settings.rivals)
+        Rival(Store(folder, settings.store_gb, readonly=True), Overlay(folder), version)
+        for version in settings.rivals
+        for folder in [folders.rival(version)]
     ]
     return contest_of(settings, rivals, Record(folders.contest))
 

@@ -22,7 +22,7 @@ from mtl.serving import api, choices, scorer
 from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
 from mtl.serving.bandit import is_reward
-from mtl.serving.contest import Contest
+from mtl.serving.contest import Contest, Rival
 from mtl.serving.evaluator import EncodingError
 from mtl.serving.observations import Choice, Event, Feedback
 from mtl.serving.observer import Observer
@@ -93,12 +93,20 @@ class Service:
     def look(self) -> None:
         """Take over what the store shows now; called again and again."""
         self.view = self._next_view(self.store, self.overlay, self.view)
-        overlays = [self.overlay]
         if self.contest is not None:
             self.contest.look(self._next_view)
-            overlays += [rival.overlay for rival in self.contest.rivals if rival.view is not None]
-        self.checked_at = min(overlay.status().checked_at for overlay in overlays)
+        shown = [self.overlay, *(rival.overlay for rival in self._rivals() if rival.view is not None)]
+        self.checked_at = min(overlay.status().checked_at for overlay in shown)
         self.staleness = round(max(0.0, time.time() - self.checked_at), 3) if self.checked_at else -1.0
+
+    def n_pending(self) -> int:
+        """Observations that are not in their users' rows, of the live version and of its rivals, together."""
+        return self.overlay.n_pending() + sum(
+            rival.overlay.n_pending() for rival in self._rivals() if not rival.is_over
+        )
+
+    def _rivals(self) -> Sequence[Rival]:
+        return self.contest.rivals if self.contest is not None else ()
 
     def _next_view(self, store: Store, overlay: Overlay, before: View | None) -> View | None:
         view = open_view(store, overlay, self.settings, before)

@@ -95,13 +95,14 @@ def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Eff
     store, overlay = Store(folder, 1), open_overlay(folder, [])
     fill(store, USERS, INPUTS, K, loss, effects=effects)
     store.write_attributes((f"x{i}", {"year": i / 20, "colour": ["red", "blue"][i % 2]}) for i in range(INPUTS + 1))
-    rivals = [Rival(Store(at, 1), open_overlay(at, [])) for at in (folder / f"rival-{v}" for v in settings.rivals)]
-    for version, rival in zip(settings.rivals, rivals, strict=True):
-        fill(rival.store, USERS, INPUTS, K, loss, seed=version, effects=effects, version=version)
+    folders = {version: folder / f"rival-{version}" for version in settings.rivals}
+    rivals = [Rival(Store(at, 1), open_overlay(at, []), version) for version, at in folders.items()]
+    for rival in rivals:
+        fill(rival.store, USERS, INPUTS, K, loss, seed=rival.version, effects=effects, version=rival.version)
     contest = contest_of(settings, rivals, Record(folder / "contest")) if rivals else None
     logs = folder / "observations", folder / "feedback", folder / "decisions"
-    others, record = [rival.overlay for rival in rivals], contest.record if contest else None
-    observer = Observer(overlay, *logs, 1000.0, 1e9, others, record)
+    record = contest.record if contest else None
+    observer = Observer(overlay, *logs, 1000.0, 1e9, rivals, record)
     observer.start()
     service = Service(store, overlay, observer, settings, contest=contest)
     service.look()

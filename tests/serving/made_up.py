@@ -81,7 +81,7 @@ def fill(
     effects: Effects = (),
     version: int = VERSION,
 ) -> None:
-    """Users u0, u1 … and inputs x0, x1 … of random sums and features."""
+    """Users u0, u1 … and inputs x0, x1 … of random sums and features; of another version than the first, a candidate's."""
     random = np.random.default_rng(seed)
     d = k + 1
     store.write_model(version, model_row(k, loss, seed, effects, version))
@@ -93,6 +93,8 @@ def fill(
         write_features(store.folder, live, first, rows, scorer.top_columns(rows, d))
         store.write_input_ids(live.generation, first, (f"x{i}" for i in range(first, first + n)))
     store.write_users(version, _users(random, users, d))
+    statuses = {version: schema.CANDIDATE, VERSION: schema.LIVE}
+    store.write_model_list([{schema.MODEL_VERSION: one, schema.STATUS: status} for one, status in statuses.items()])
     store.write_live(replace(live, n_inputs=inputs))
 
 

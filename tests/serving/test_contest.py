@@ -8,13 +8,16 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from calling import USERS, Client, calling
 from made_up import fill
 from running import Server, insist
 
+from mtl import schema
 from mtl.config import load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.serving import contest
@@ -22,6 +25,7 @@ from mtl.serving.contest import Record, make_record
 from mtl.serving.store import Store
 
 INPUTS = ["x1", "x2", "x3"]
+CANDIDATE = {1: schema.LIVE, 2: schema.CANDIDATE}
 
 
 def choose(client: Client, user: str = "u1") -> dict:
@@ -104,6 +108,52 @@ def test_an_observation_counts_once_in_every_version(tmp_path: Path) -> None:
         for duplicate in (False, True):
             assert client.ask("POST", "/v1/observe", event)[1]["duplicate"] is duplicate
         assert [view.weights_of("u1").n_events for view in views] == [n + 1 for n in before]
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        {1: schema.LIVE, 2: schema.REFUSED},
+        {1: schema.LIVE, 2: schema.RETIRED},
+        {1: schema.RETIRED, 2: schema.CANDIDATE, 3: schema.LIVE},  # older than the live one: no stream follows it
+        {1: schema.LIVE},
+    ],
+)
+def test_a_rival_that_is_over_neither_answers_nor_learns(tmp_path: Path, models: dict[int, str]) -> None:
+    with calling(tmp_path, "serve.rivals=[2]", "serve.contest=split", "serve.contest_shares=[1, 99]") as client:
+        (rival,) = client.service.contest.rivals
+        event = {"user": "u1", "input": "x1", "label": 4.0}
+        for of, answering, pending in (
+            (CANDIDATE, 2, 1),
+            (models, 1, 1),
+            (CANDIDATE, 2, 2),
+            ({1: schema.RETIRED, 2: schema.LIVE}, 2, 3),
+        ):
+            rival.store.write_model_list([{schema.MODEL_VERSION: v, schema.STATUS: s} for v, s in of.items()])
+            client.service.look()
+            versions = {choose(client, f"u{i}")["model_version"] for i in range(10)}
+            assert max(versions) == answering
+            assert client.ask("POST", "/v1/observe", event)[0] == 200
+            assert rival.overlay.n_pending() == pending
+
+
+def test_a_rival_that_cannot_be_told_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(events: Any) -> None:
+        raise lmdb.MapFullError("full")
+
+    with calling(tmp_path, "serve.rivals=[2, 3]") as client:
+        full, other = client.service.contest.rivals
+        monkeypatch.setattr(full.overlay, "insert", fail)
+        for n in (1, 2):
+            assert client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 4.0})[0] == 200
+            assert [one.n_pending() for one in (client.service.overlay, full.overlay, other.overlay)] == [n, 0, n]
+
+
+def test_observations_that_wait_in_any_version_are_counted(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 4.0})
+        client.service.overlay.delete(client.service.overlay.every())
+        assert b"mtl_unconfirmed_observations 1.0" in client.send("GET", "/metrics")[2]
 
 
 def test_a_reward_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from mtl.errors import StateError
 from mtl.serving import bandit
 from mtl.serving.api import Competitor
 from mtl.serving.bandit import Decision, FixedSplit, Rewards, VersionPolicy, is_reward
-from mtl.serving.observations import Choice, Feedback
+from mtl.serving.observations import Decided, Rewarded
 from mtl.serving.overlay import Overlay
 from mtl.serving.records import digest
 from mtl.serving.store import Store
@@ -44,7 +44,7 @@ _CURRENT = b"current"  # which of them is written to
 REMEMBERED = 5_000_000  # decisions
 _AT_ONCE = 10_000  # rows of the logs a transaction
 
-Row = TypeVar("Row", Choice, Feedback)
+Row = TypeVar("Row", Decided, Rewarded)
 NextView = Callable[[Store, Overlay, View | None], View | None]  # (store, observations, the view before) → the view
 
 
@@ -64,17 +64,17 @@ class Record:
     def close(self) -> None:
         self.environment.close()
 
-    def add(self, rows: Sequence[Choice | Feedback]) -> None:
+    def add(self, rows: Sequence[Decided | Rewarded]) -> None:
         """Decisions, and rewards of decisions."""
         with self.environment.begin(write=True) as transaction:
             for row in rows:
-                if isinstance(row, Choice):
+                if isinstance(row, Decided):
                     told = msgspec.msgpack.encode((row.model_version, row.version_propensity))
                     transaction.put(digest(row.decision_id), told, db=self._with_room(transaction))
                 else:
                     self._reward(transaction, row)
 
-    def _reward(self, transaction: lmdb.Transaction, row: Feedback) -> None:
+    def _reward(self, transaction: lmdb.Transaction, row: Rewarded) -> None:
         found = (transaction.pop(digest(row.decision_id), db=decisions) for decisions in self._decisions)
         told = next((value for value in found if value is not None), None)
         if told is None or not is_reward(row.reward):  # of one that is rewarded already; of before versions competed
@@ -112,23 +112,23 @@ def make_record(folder: Path, decisions: Path, feedback: Path) -> None:
         StateError: a line of a log is damaged.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    record, rewards = Record(folder), dict[str, Feedback]()
-    for told in _parts(feedback, Feedback):
+    record, rewards = Record(folder), dict[str, Rewarded]()
+    for told in _parts(feedback, Rewarded):
         for reward in told:
             rewards.setdefault(reward.decision_id, reward)
-    for choices in _parts(decisions, Choice):
+    for choices in _parts(decisions, Decided):
         record.add([row for one in choices for row in (one, rewards.pop(one.decision_id, None)) if row is not None])
     record.close()
 
 
 def _parts(log: Path, kind: type[Row]) -> Iterator[list[Row]]:
-    """Rows of all segments of a log, the open ones of workers that died included.
+    """Rows of all segments of a log, the open ones of workers that died included, which are the newest.
 
     Raises:
         StateError: a line is damaged.
     """
     decode, part = msgspec.json.Decoder(kind).decode, list[Row]()
-    for path in sorted(log.glob("*.jsonl")):
+    for path in sorted(log.glob("*.jsonl"), key=lambda path: (path.name.startswith("."), path.name)):
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never acknowledged
         for number, line in enumerate(lines, 1):
             try:

@@ -37,20 +37,32 @@ class Event(msgspec.Struct, frozen=True):
     context: dict[str, str] = {}  # columns of the line, beside the others
 
 
-class Feedback(msgspec.Struct, frozen=True):
-    """The reward of a decision, a line of the log of feedback."""
+class Rewarded(msgspec.Struct, frozen=True):
+    """What competing versions are told of a reward."""
 
     decision_id: str
     reward: float
+
+
+class Feedback(Rewarded, frozen=True):
+    """The reward of a decision, a line of the log of feedback."""
+
     user_id: str | None
     input_id: str | None
     event_time: str
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """A decision, a line of the log of decisions."""
+class Decided(msgspec.Struct, frozen=True):
+    """What competing versions are told of a decision."""
 
     decision_id: str
+    model_version: int
+    version_propensity: float  # the chance that this version had to decide; that of the input is given it
+
+
+class Choice(Decided, frozen=True):
+    """A decision, a line of the log of decisions."""
+
     user_id: str
     input_id: str  # of one given by attributes, their digest
     propensity: float
@@ -59,8 +71,6 @@ class Choice(msgspec.Struct, frozen=True):
     uniform: float  # and under that which takes any
     candidates: int
     predicted_label: float
-    model_version: int
-    version_propensity: float  # the chance that this version had to decide; that of the input is given it
     event_time: str
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from mtl.losses import Loss
+from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import api
 from mtl.serving.api import Problem
 
@@ -100,10 +101,17 @@ def checked_k(k: int, most: int) -> int:
     return k
 
 
-def finite(name: str, value: float) -> float:
+def limited(name: str, value: float, most: float = LARGEST) -> float:
+    """A finite number whose size is at most ``most``, as ingest takes it."""
     if not math.isfinite(value):
         raise Problem(422, f"bad_{name}", f"{name} {value}: a finite number is wanted")
+    if abs(value) > most:
+        raise Problem(422, f"bad_{name}", f"{name} {value:g} is beyond {most:g}")
     return value + 0.0  # −0 is 0, as ingest has it
+
+
+def offset_of(value: float, loss: Loss) -> float:
+    return limited("offset", value, LARGEST if loss.name == "squared" else LARGEST_EXPONENT)
 
 
 def context_of(given: Mapping[str, str | float | bool], contexts: Sequence[str]) -> dict[str, str]:
@@ -123,8 +131,8 @@ def _text(value: str | float | bool) -> str:
 
 def check_event(request: api.ObserveRequest, loss: Loss) -> None:
     """Refuse what ingest would put into quarantine."""
-    label, weight = finite("label", request.label), finite("weight", request.weight)
-    finite("offset", request.offset)
+    label, weight = limited("label", request.label), limited("weight", request.weight)
+    offset_of(request.offset, loss)
     if (reason := loss.refusal(label, label, label == math.floor(label))) is not None:
         raise Problem(422, "bad_label", f"label {label}: a model of {loss.name} loss takes no {reason}")
     if weight <= 0:

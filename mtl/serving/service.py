@@ -39,11 +39,12 @@ from mtl.serving.requests import (
     checked_k,
     context_of,
     decode,
-    finite,
     flag_of,
     identity_of,
     k_of,
+    limited,
     moment_of,
+    offset_of,
     pairs_of,
     text_of,
     too_many,
@@ -344,7 +345,7 @@ class Service:
 
     async def feedback(self, body: bytes) -> bytes:
         request = decode(FEEDBACK, body)
-        reward = finite("reward", request.reward)
+        reward = limited("reward", request.reward)
         if self.contest is not None and not is_reward(reward):
             raise Problem(
                 422, "bad_reward", f"reward {reward}: one in [0, 1] is wanted where versions compete (serve.rivals)"
@@ -395,7 +396,9 @@ class Service:
                 raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
         if about.offset or about.context or view.model.artefact.effects:
             context = context_of(about.context, view.model.contexts)
-            found = scorer.moved(found, *of_one(finite("offset", about.offset), context, view.model.artefact.effects))
+            found = scorer.moved(
+                found, *of_one(offset_of(about.offset, view.loss), context, view.model.artefact.effects)
+            )
         return found, is_known
 
 

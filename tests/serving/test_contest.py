@@ -186,6 +186,18 @@ def test_the_record_is_what_the_logs_say(tmp_path: Path) -> None:
         make_record(tmp_path / "anew", tmp_path / "decisions", tmp_path / "feedback")
 
 
+def test_the_record_reads_of_a_line_what_it_needs(tmp_path: Path) -> None:
+    """JSON has no number for what an answer may have been."""
+    for name, line in (
+        ("decisions", {"decision_id": "d", "predicted_label": None, "model_version": 2, "version_propensity": 0.5}),
+        ("feedback", {"decision_id": "d", "reward": 1.0, "event_time": None}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "observed-1.jsonl").write_text(json.dumps(line) + "\n")
+    make_record(tmp_path / "record", tmp_path / "decisions", tmp_path / "feedback")
+    assert Record(tmp_path / "record").rewards([2]).total == [1.0]
+
+
 def test_decisions_that_nobody_rewards_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "REMEMBERED", 10)
     with calling(tmp_path, "serve.rivals=[2]") as client:

@@ -15,6 +15,7 @@ from calling import INPUTS, Client, calling
 from made_up import EVENTS_BEFORE
 
 from mtl.effects import Effect
+from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import view as views
 from mtl.serving.observations import read, sealed
 
@@ -231,6 +232,59 @@ def test_labels_that_the_loss_does_not_take_are_refused(tmp_path: Path) -> None:
         assert (status, answer["error"]) == (422, "bad_label")
         assert client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 1})[0] == 200
     assert [event.label for event in read(sealed(tmp_path / "observations"))] == [1.0]
+
+
+NUMBERS = [
+    ("squared", {"label": -1e200}, "label -1e+200 is beyond 1e+12"),
+    ("squared", {"label": 1, "weight": 1e200}, "weight 1e+200 is beyond 1e+12"),
+    ("squared", {"label": 1, "offset": -1e200}, "offset -1e+200 is beyond 1e+12"),
+    ("poisson", {"label": 1e300}, "label 1e+300 is beyond 1e+12"),
+    ("poisson", {"label": 1, "weight": 1e308}, "weight 1e+308 is beyond 1e+12"),
+    ("poisson", {"label": 1, "offset": 101}, "offset 101 is beyond 100"),
+    ("logistic", {"label": 1, "offset": -1e200}, "offset -1e+200 is beyond 100"),
+]
+
+
+@pytest.mark.parametrize(("loss", "observed", "says"), NUMBERS)
+def test_numbers_that_leave_nothing_of_others_are_refused(
+    tmp_path: Path, loss: str, observed: dict[str, float], says: str
+) -> None:
+    with calling(tmp_path, loss=loss) as client:
+        status, answer = client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", **observed})
+        assert (status, answer["message"]) == (422, says)
+        status, answer = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1"]})
+        assert status == 200
+        assert answer["scores"][0]["score"] is not None
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic", "poisson"])
+def test_the_largest_numbers_that_are_taken_do_a_user_no_harm(tmp_path: Path, loss: str) -> None:
+    label, offset = (1.0 if loss == "logistic" else LARGEST), (LARGEST if loss == "squared" else LARGEST_EXPONENT)
+    with calling(tmp_path, loss=loss) as client:
+        for sign in (1, -1):
+            event = {"user": "u1", "input": "x1", "label": label, "weight": LARGEST, "offset": sign * offset}
+            assert client.ask("POST", "/v1/observe", event)[0] == 200
+            about = {"user": "u1", "inputs": ["x1", "x2"], "offset": sign * offset}
+            status, answer = client.ask("POST", "/v1/predict", about)
+            assert status == 200
+            assert None not in [one[name] for one in answer["scores"] for name in ("score", "std")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/predict", {"user": "u1", "inputs": ["x1"], "offset": 1e200}),
+        ("/v1/predict", {"user": "u1", "inputs": [{"year": 1}], "offset": 1e200}),
+        ("/v1/predict/batch", {"requests": [{"user": "u1", "inputs": ["x1"], "offset": 1e200}]}),
+        ("/v1/top", {"user": "u1", "offset": 1e200}),
+        ("/v1/choose", {"user": "u1", "inputs": ["x1"], "offset": 1e200}),
+        ("/v1/feedback", {"decision_id": "d", "reward": 1e200}),
+    ],
+)
+def test_numbers_too_large_to_answer_are_refused(client: Client, path: str, body: dict[str, Any]) -> None:
+    status, answer = client.ask("POST", path, body)
+    assert status == 422
+    assert "1e+200 is beyond 1e+12" in answer["message"]
 
 
 def test_a_disk_that_is_full_is_told_and_nothing_is_learnt(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+_IN_MEMORY = Path("/dev/shm")
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def share(folder: Path) -> None:
-    """Keep the numbers of this process and its children in files under ``folder``; before the first :class:`Metrics`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.db"):
-        file.unlink()
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+def share(folder: str) -> None:
+    """Keep the numbers of this process and its children in files in ``folder``; before the first :class:`Metrics`."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+
+
+@contextmanager
+def shared(store: Path) -> Iterator[None]:
+    """Keep them, until the block ends, in a folder of the server on ``store``, of which there is one.
+
+    The files are mapped and have holes: where no room is left to fill one, the process that writes to it is killed by SIGBUS.
+    So they are not on the disk of the store, whose logs may fill it, but in memory where the system has files there.
+    """
+    where, known = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else Path(tempfile.gettempdir()), store.stat()
+    prefix = f"mtl-metrics-{known.st_dev}-{known.st_ino}-"
+    for left in where.glob(f"{prefix}*"):  # by a server that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True) as folder:
+        share(folder)
+        yield
 
 
 def forget(pid: int) -> None:
@@ -63,6 +81,7 @@ class Metrics:
         self._counter, self._gauge = Counter, Gauge
         self._made: dict[str, Any] = {}
         self._last: dict[str, float] = {}
+        self._publishing = threading.Lock()
         self._together = CollectorRegistry()
         MultiProcessCollector(self._together)
         self._together.register(State())
@@ -83,7 +102,11 @@ class Metrics:
         return count
 
     def publish(self) -> None:
-        """Put what is read of this worker where all of them see it."""
+        """Put what is read of this worker where all of them see it; by any thread."""
+        with self._publishing:
+            self._publish()
+
+    def _publish(self) -> None:
         for name, (told, value, kind) in self._state().items():
             if kind == "total":
                 if name not in self._made:

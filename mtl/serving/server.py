@@ -99,9 +99,8 @@ def serve(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     folders = Folders.of(settings)
     rescore_of(settings.serve)  # a mistake in the name is found here
-    with _locked(folders), _listening(settings.serve) as listener:
+    with _locked(folders), _listening(settings.serve) as listener, metrics.shared(folders.store):
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        metrics.share(folders.store / "metrics")
         store = Store(folders.store, settings.serve.store_gb)
         open_overlay(folders.store, read(sealed(folders.log)), store.is_confirmed).close()
         store.close()
@@ -257,9 +256,9 @@ async def _keep_looking(
             told = True
         try:
             await loop.run_in_executor(None, service.look)
+            measured.publish()
         except Exception:
             log.exception("serve: what the store shows now cannot be opened; going on with what it showed")
-        measured.publish()
         await asyncio.sleep(MAX_VERSION_AGE)
     stop()
 

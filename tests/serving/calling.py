@@ -84,7 +84,7 @@ class Client:
 @cache
 def share_metrics() -> None:
     """Once: a process keeps its numbers in one folder for good."""
-    metrics.share(Path(tempfile.mkdtemp()))
+    metrics.share(tempfile.mkdtemp())
 
 
 @contextmanager

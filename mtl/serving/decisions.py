@@ -7,6 +7,7 @@ chosen), a file of chances (input_id, probability, and columns of the log that t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from mtl.errors import InputError
 from mtl.gaussian import Array
 from mtl.schema import DECISION_ID, EXPECTED, INPUT_ID, PREDICTED, PROBABILITY, PROPENSITY, REWARD
 from mtl.serving.offpolicy import Estimate, Log, Support, doubly_robust, ips, mean_rewards, snips, support
+
+log = logging.getLogger("mtl")
 
 UNIFORM = "uniform"
 _COLUMN = "column:"
@@ -108,9 +111,11 @@ def read_decisions(path: str, columns: Mapping[str, str], rewards: str | None = 
         later = _read(rewards, columns)
         _require(later, rewards, DECISION_ID, REWARD)
         _require(rows, path, DECISION_ID)
-        later = later.drop_duplicates([DECISION_ID, REWARD])  # told again by a client that heard no answer
-        if (twice := later[DECISION_ID].duplicated()).any():
-            raise InputError(f"{rewards}: decision {later[DECISION_ID][twice].iloc[0]} has more than one reward")
+        later = later[later[REWARD].notna()]
+        again = later[DECISION_ID].duplicated()  # the first counts, as where versions compete
+        if n := int(again.sum()):
+            log.warning("offpolicy: %s: %d rewards are passed over, of decisions that had one before", rewards, n)
+        later = later[~again]
         rows = rows.drop(columns=REWARD, errors="ignore").merge(later[[DECISION_ID, REWARD]], "left", DECISION_ID)
     _require(rows, path, INPUT_ID, PROPENSITY, REWARD)
     for name in (PROPENSITY, REWARD):

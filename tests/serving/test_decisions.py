@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from mtl.errors import InputError
-from mtl.serving.decisions import chances_of, estimate
+from mtl.serving.decisions import chances_of, estimate, read_decisions
 
 ROOT = Path(__file__).parents[2]
 P = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -166,3 +166,13 @@ def test_the_job_prints_one_line_of_json_or_one_line_of_reason(tmp_path: Path, p
     failed = run("--decisions", log, "--policy", "uniform")
     assert failed.returncode == 1
     assert "has no column input_id" in failed.stderr.strip().splitlines()[-1]
+
+
+def test_of_several_rewards_of_a_decision_the_first_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = decisions(200)
+    told = rows[["decision_id", "reward"]]
+    later = pd.concat([told.head(1).assign(reward=float("nan")), told, told.head(5), told.head(3).assign(reward=7.0)])
+    log = written(rows.drop(columns="reward"), tmp_path / "log.jsonl")
+    found = read_decisions(log, {}, written(later, tmp_path / "rewards.jsonl"))
+    assert found["reward"].tolist() == rows["reward"].tolist()
+    assert [record.args[-1] for record in caplog.records] == [8]

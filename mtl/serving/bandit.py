@@ -142,7 +142,7 @@ class Rewards:
 
     n: Array  # (versions,)
     total: Array  # Σ r
-    weighted: Array  # Σ r/p, p the propensity
+    weighted: Array  # Σ r/p, p the propensity, over decisions that another version might have had: p < 1
 
     @classmethod
     def none(cls, versions: int) -> Rewards:
@@ -152,6 +152,9 @@ class Rewards:
     def one(cls, versions: int, decision: Decision, reward: float) -> Rewards:
         """Of one decision.
 
+        A version that decided alone is not known to be better for it: the weighted sums, which are compared as if all versions
+        had been there from the first, leave it out. It is a sample of the version's mean reward all the same.
+
         Raises:
             InputError: the reward is not in [0, 1].
         """
@@ -159,7 +162,8 @@ class Rewards:
             raise InputError(f"a reward of {reward}: one in [0, 1] is wanted, 1 the best that there is")
         of = np.zeros(versions)
         of[decision.place] = 1.0
-        return cls(of, reward * of, reward / decision.propensity * of)
+        weight = 1 / decision.propensity if decision.propensity < 1 else 0.0
+        return cls(of, reward * of, reward * weight * of)
 
     def __add__(self, other: Rewards) -> Rewards:
         return Rewards(self.n + other.n, self.total + other.total, self.weighted + other.weighted)

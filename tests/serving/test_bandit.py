@@ -161,6 +161,17 @@ def test_exp3_s_weighted_sums_estimate_every_version_s_total() -> None:
     np.testing.assert_allclose(found / rounds, means, atol=0.05)
 
 
+def test_exp3_does_not_count_what_was_earned_without_competition() -> None:
+    """A live version that decided alone for long is no better for it than a rival that has just come."""
+    rewards = Rewards.none(2)
+    for _ in range(2000):
+        rewards += Rewards.one(2, Decision(0, 1.0), 0.5)
+    random = np.random.default_rng(0)
+    places = [Exp3(0.05).choose(rewards, random).place for _ in range(1000)]
+    assert np.mean(places) == pytest.approx(0.5, abs=0.06)
+    assert (rewards.n[0], rewards.total[0]) == (2000, 1000)  # Thompson's are of every decision
+
+
 def test_a_reward_out_of_range_is_refused() -> None:
     for reward in (-0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match="in \\[0, 1\\] is wanted"):

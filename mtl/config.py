@@ -222,6 +222,22 @@ class ServeSettings(_Section):
             raise ValueError("each deadline is to be shorter than the one before")
         return values
 
+    @field_validator("rivals")
+    @classmethod
+    def _differ(cls, values: list[int]) -> list[int]:
+        if len(set(values)) < len(values):
+            raise ValueError("each version can compete once")
+        return values
+
+    @model_validator(mode="after")
+    def _centres_are_two(self) -> ServeSettings:
+        if self.classes == "clustered" and min(self.coarseness) < 2:
+            raise ValueError(
+                f"coarseness = {self.coarseness}: with classes = 'clustered' numbers of centres are wanted, 2 or more each, "
+                "such as [1000, 100]"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_share_each(self) -> ServeSettings:
         if self.contest_shares and len(self.contest_shares) != 1 + len(self.rivals):

@@ -268,3 +268,9 @@ def test_values_by_key_are_the_last_layer_and_checked_like_the_others() -> None:
         load_settings(values={"model.kk": 5})
     with pytest.raises(ConfigError, match=r"setting 'k': write section\.key"):
         load_settings(values={"k": 5})
+
+
+def test_centres_of_clustered_classes_are_two_at_least():
+    with pytest.raises(ConfigError, match=r"numbers of centres are wanted, 2 or more each, such as \[1000, 100\]"):
+        load_settings([], ["serve.classes=clustered"])
+    assert load_settings([], ["serve.classes=clustered", "serve.coarseness=[9, 2]"]).serve.coarseness == [9, 2]

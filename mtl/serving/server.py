@@ -12,6 +12,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -65,9 +66,13 @@ class Folders:
         """Where it is kept what competing versions earned."""
         return self.store / "contest"
 
+    @property
+    def rivals(self) -> Path:
+        """Where the stores are of versions that compete with the live one."""
+        return self.store / "rivals"
+
     def rival(self, version: int) -> Path:
-        """The store of a version that competes with the live one."""
-        return self.store / "rivals" / str(version)
+        return self.rivals / str(version)
 
     @classmethod
     def of(cls, settings: Settings) -> Folders:
@@ -264,7 +269,10 @@ async def _keep_looking(
 
 
 def _prepare_contest(settings: ServeSettings, folders: Folders) -> None:
-    """Stores and observations of the rivals, and the record of what was earned."""
+    """Stores and observations of the rivals, and the record of what was earned; what was a rival's before is deleted."""
+    for folder in folders.rivals.glob("[0-9]*"):
+        if folder.name not in map(str, settings.rivals):
+            shutil.rmtree(folder)  # it holds users
     if not settings.rivals:
         return
     for version in settings.rivals:
@@ -331,9 +339,12 @@ def rescore_of(settings: ServeSettings) -> Rescore | None:
         return None
     module, _, name = settings.rescore.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"serve.rescore = {settings.rescore!r}: {error}; write package.module:function") from error
+    if not callable(found):
+        raise ConfigError(f"serve.rescore = {settings.rescore!r}: this is no function; write package.module:function")
+    return found
 
 
 def _loop() -> dict[str, Any]:

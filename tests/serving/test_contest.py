@@ -22,6 +22,7 @@ from mtl.config import load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.serving import contest
 from mtl.serving.contest import Record, make_record
+from mtl.serving.server import Folders, _prepare_contest
 from mtl.serving.store import Store
 
 INPUTS = ["x1", "x2", "x3"]
@@ -212,22 +213,39 @@ def test_decisions_that_nobody_rewards_are_forgotten(tmp_path: Path, monkeypatch
     assert Record(tmp_path / "anew").rewards([1, 2]).n.sum() == 11
 
 
+def test_a_version_competes_once() -> None:
+    with pytest.raises(ConfigError, match=r"serve\.rivals = \[2, 2\].*each version can compete once"):
+        load_settings([], ["serve.rivals=[2, 2]"])
+
+
+def test_of_versions_that_compete_no_more_nothing_is_kept(tmp_path: Path) -> None:
+    settings = load_settings([], [f"tables.root={tmp_path}", f"serve.store={tmp_path}", "serve.store_gb=1"])
+    folders = Folders.of(settings)
+    for rivals in ([2, 3], [3], []):
+        _prepare_contest(settings.serve.model_copy(update={"rivals": rivals}), folders)
+        assert sorted(folder.name for folder in folders.rivals.iterdir()) == list(map(str, rivals))
+
+
 def test_shares_are_of_all_versions() -> None:
     with pytest.raises(ConfigError, match="contest_shares: 3 are wanted"):
         load_settings([], ["serve.rivals=[2, 3]", "serve.contest_shares=[1, 1]"])
 
 
 def test_a_rival_is_told_what_was_observed_without_it(tmp_path: Path) -> None:
-    for folder, version in ((tmp_path, 1), (tmp_path / "rivals" / "2", 2)):
+    def make(folder: Path, version: int) -> None:
         store = Store(folder, 1)
         fill(store, 20, 30, 3, version=version)
         store.close()
+
+    make(tmp_path, 1)
     own, rivals = (
         f"serve.store={tmp_path}",
         ["serve.rivals=[2]", "serve.contest=split", "serve.contest_shares=[1, 1e9]"],
     )
     body, scores = {"user": "u1", "inputs": ["x1"]}, []
     for settings in (rivals, [], rivals):
+        if settings:  # without it a server keeps nothing of it
+            make(tmp_path / "rivals" / "2", 2)
         with Server(tmp_path / "nowhere", own, *settings, workers=1) as server:
             answer = server.ask("POST", "/v1/predict", body)[1]
             assert answer["model_version"] == (2 if settings else 1)

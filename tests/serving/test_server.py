@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from running import ROOT, Server, ask
 from mtl.config import load_settings
 from mtl.errors import ConfigError
 from mtl.serving.observations import read, sealed
-from mtl.serving.server import Folders
+from mtl.serving.server import Folders, rescore_of
 from mtl.serving.store import Store
 
 
@@ -147,6 +148,13 @@ def test_a_store_of_other_tables_is_refused(filled: Path, tmp_path: Path, server
 def test_tables_in_a_catalog_are_refused() -> None:
     with pytest.raises(ConfigError, match="not from a catalog"):
         Folders.of(load_settings([], ["tables.root=main.models"]))
+
+
+def test_what_rescores_is_a_function() -> None:
+    assert rescore_of(load_settings([], ["serve.rescore=math:sqrt"]).serve) is math.sqrt
+    for rescore, says in (("math:pi", "this is no function"), ("math:nothing", "has no attribute")):
+        with pytest.raises(ConfigError, match=says):
+            rescore_of(load_settings([], [f"serve.rescore={rescore}"]).serve)
 
 
 def test_without_any_version_it_waits_and_says_so(tmp_path: Path) -> None:

@@ -235,8 +235,8 @@ def _attributes_since(tables: Tables, model: Model, ids: pa.Array) -> pd.DataFra
             written = tables.changes(schema.INPUTS, model.inputs_version + 1)
             written = written.where(F.col("_change_type").isin("insert", "update_postimage"))
             rows.append(written.join(wanted, INPUT_ID, "left_semi").select(now.columns).toPandas())
-    except StateError:  # the feed is no longer kept: the present rows are all there is
-        pass
+    except StateError:
+        log.info("audit: what inputs were since training is no longer kept: their present attributes are all there is")
     return pd.concat(rows, ignore_index=True)
 
 

@@ -54,9 +54,6 @@ class InputEncoder(Protocol):
     def __call__(self, frame: pd.DataFrame, /) -> Array: ...
 
 
-_ROUNDING = 1e-12  # of a mean
-
-
 @dataclass(frozen=True)
 class Number:
     """(value, value², missing) with values standardized first, so that the square is one about the mean.
@@ -77,9 +74,9 @@ class Number:
         known = known[np.isfinite(known)]
         scale = float(known.std()) if len(known) else 0.0
         centre = float(known.mean()) if len(known) else 0.0
-        if scale <= _ROUNDING * abs(centre):
+        if scale <= 1e-12 * abs(centre):
             scale = 1.0  # a constant, whose deviation from its rounded mean is no scale
-        return cls(name, centre, scale or 1.0, len(np.unique(known)) > 2, len(known) < len(values))
+        return cls(name, centre, scale, len(np.unique(known)) > 2, len(known) < len(values))
 
     def __call__(self, values: pd.Series) -> Array:
         z = (_numbers(values) - self.centre) / self.scale

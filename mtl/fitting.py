@@ -87,9 +87,9 @@ def train(
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
     _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
-    if not catalogue.trained.n and batches is not None:
-        raise StateError("train.incremental: there is no event since the live version's training")
     if not catalogue.trained.n:
+        if batches is not None:
+            raise StateError("train.incremental: there is no event since the live version's training")
         raise StateError("train.holdout: all events are held out, and none is left to train on")
     if zero_weight and catalogue.has_offsets:
         raise ConfigError(
@@ -336,8 +336,7 @@ def _function_basis(settings: Settings, attributes: np.ndarray, start: np.ndarra
     """The configured function before training, the gradient of a user's own checked on some inputs."""
     if settings.oracle.kind == "identity":
         raise ConfigError('train.algorithm = "first_order" needs attributes of inputs: not oracle.kind = "identity"')
-    p, of, seed = attributes.shape[1], settings.function, settings.train.seed
-    d = len(start)
+    p, d, of, seed = attributes.shape[1], len(start), settings.function, settings.train.seed
     function = make_function(of, p, d, seed)
     if of.kind in ("custom", "torch"):
         check_gradient(function, p, d, attributes[:_CHECKED_INPUTS])

@@ -98,6 +98,15 @@ def test_beside_it_are_the_average_user_and_a_ridge_about_zero(user_columns: tup
     assert len({found.loss.sum(), found.average.sum(), found.ridge.sum()}) == 3
 
 
+def test_a_certain_prediction_that_is_right_is_no_surprise() -> None:
+    """σ(40) is clipped, and the deviation with it: else a right label would be thousands of deviations away."""
+    model, shared = model_of("logistic"), inputs()
+    certain = replace(shared, features=replace(shared.features, offset=np.full(8, 40.0)))
+    table = events(20)
+    table = table.set_column(table.column_names.index(schema.LABEL), schema.LABEL, pa.array(np.ones(20)))
+    assert measure(table, model, certain).standardized.sum() < 1
+
+
 def test_costs_are_the_library_s() -> None:
     random = np.random.default_rng(0)
     p, y = random.uniform(0.05, 0.95, 50), random.integers(0, 2, 50).astype(float)

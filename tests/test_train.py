@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,11 @@ from sklearn.tree import DecisionTreeRegressor
 from mtl import alternation, gaussian
 from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import HELD_OUT, TRAINED, from_arrow, to_arrow
+from mtl.catalogue import Catalogue, Totals
+from mtl.config import load_settings
 from mtl.engine import LocalEngine
 from mtl.features import Features
+from mtl.fitting import _precision
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
@@ -307,6 +311,22 @@ def test_training_on_all_is_training_as_if_nothing_had_been_held_out() -> None:
     engine.train_on_all(float(problem.weight @ problem.label**2))
     again, plain = (problem.train(2, Schedule(3), engine=one) for one in (engine, problem.engine(2)))
     np.testing.assert_allclose(again.objective, plain.objective, rtol=1e-9)
+
+
+def test_a_checkpoint_of_another_function_is_of_another_training(tmp_path: Path) -> None:
+    asked = ("function.kind=linear", "function.kind=two_layer", "oracle.kind=identity")
+    keys = {Checkpoint.of(str(tmp_path), load_settings([], [assignment]), 1).key for assignment in asked}
+    assert len(keys) == 3
+
+
+def test_labels_far_from_zero_are_summed_in_double_precision() -> None:
+    totals = Totals(1e6, 1e6)
+    catalogue = Catalogue(
+        pa.array([]), np.empty(0), 2_000_000, 2_000_000, 2e6, 3.0, 0.0, False, 1.0, 2e6, totals, totals, 0.0, 9.0
+    )
+    train = load_settings().train
+    assert _precision(train, catalogue) == "single"
+    assert _precision(train, replace(catalogue, mean_label=500.0)) == "double"
 
 
 def test_patience_stops_and_the_best_number_of_iterations_is_known() -> None:

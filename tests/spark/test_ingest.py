@@ -60,6 +60,8 @@ def test_every_reason_of_refusal_is_kept_with_the_raw_row_and_offered_adds_up(sh
         "u,i,1,heavy,": "weight is not a number",
         "u,i,1,Infinity,": "weight is not finite",
         "u,i,1,0,": "weight is not above 0",
+        "u,i,2e12,,": "label is beyond 1e+12",
+        "u,i,1,1.7e18,": "weight is beyond 1e+12",
         "u,i,1,-2,": "weight is not above 0",
         "u,i,1,,yesterday": "event_time is not understood",
         "u,i,1,,12:30": "event_time is not understood",

@@ -40,7 +40,8 @@ from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITING
 from mtl.stream import Stream, folder_of
 from mtl.tables import Tables
-from mtl.update import update
+from mtl.update import _validated, update
+from mtl.updater import Updater
 from mtl.upsert import UsersTable
 
 ALL_ANEW, MERGED = settings("update.rewrite_above=0"), settings("update.rewrite_above=1")
@@ -229,6 +230,27 @@ def test_a_batch_that_comes_while_its_query_stops_is_for_the_next_run(live: Tabl
     stream.close()
     assert update(live, settings())["applied"] == 30
     assert broken(live) == []
+
+
+def test_a_batch_counts_by_its_events_however_many_were_measured(live: Tables) -> None:
+    append(live, rows(np.arange(TRAINED, 310)))
+    update(live, settings())
+    (whole,) = _validated(live, 1)
+    half = {name: F.col(name) / 2 for name in (schema.VALIDATED, schema.LOSS)}
+    live.delta(schema.PROGRESS).update(set=half)
+    (sampled,) = _validated(live, 1)
+    assert whole.n == sampled.n == 60
+    assert sampled.loss == pytest.approx(whole.loss)
+
+
+def test_an_event_that_waits_does_not_have_all_features_read_anew(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = [], Updater._load_inputs
+    monkeypatch.setattr(Updater, "_load_inputs", lambda self: read.append(self) or load(self))
+    append(live, rows(np.arange(TRAINED, 255)).assign(input_id="unknown"))
+    assert update(live, settings())["waited"] == 5
+    assert len(read) == 1  # when the stream was opened
 
 
 def test_new_users_start_from_the_prior_of_their_attributes(live: Tables) -> None:

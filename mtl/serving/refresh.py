@@ -21,9 +21,10 @@ from mtl.arrow import matrix
 from mtl.errors import StateError
 from mtl.features import from_rows
 from mtl.model import Model, model_of
-from mtl.schema import EVENT_ID, EVENTS, FEATURES, INPUT_ID, INPUTS, LABEL, MODELS, USER_ATTRIBUTES, USER_ID, USERS
+from mtl.schema import EVENTS, FEATURES, INPUT_ID, INPUTS, MODELS, USER_ATTRIBUTES, USER_ID, USERS
 from mtl.serving import scorer
 from mtl.serving.coverage import Coverage
+from mtl.serving.history import History
 from mtl.serving.overlay import Overlay, Status
 from mtl.serving.records import cycle_of, digest, is_described_only, pack_described, pack_users
 from mtl.serving.source import Rewritten, Source
@@ -32,10 +33,8 @@ from mtl.serving.takeover import GRACE_SECONDS, Takeover
 
 log = logging.getLogger("mtl")
 
-POPULAR = 1000  # inputs kept as the most frequent
 _CYCLE = "cycle"
 _USER_COLUMNS = (USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
-_EVENT_COLUMNS = (EVENT_ID, USER_ID, INPUT_ID, LABEL)
 _TOLD = (
     schema.MODEL_VERSION,
     schema.STATUS,
@@ -63,11 +62,13 @@ class Refresher:
     overlay: Overlay
     version: int | None = None
     takeover: Takeover = field(init=False)
+    history: History = field(init=False)
     _model: Model | None = None
     _commits: dict[str, int] = field(default_factory=dict)  # of the cycle in hand
 
     def __post_init__(self) -> None:
         self.takeover = Takeover(self.source, self.store, self.overlay)
+        self.history = History(self.source, self.store, self.takeover)
 
     def refresh(self) -> bool:
         """One cycle; whether anything that is shown changed.
@@ -95,13 +96,13 @@ class Refresher:
         self._check(before)
         changed = False
         if live is not None:
-            changed |= self._read_events(before.get(EVENTS, -1))
+            changed |= self.history.read(before.get(EVENTS, -1), self._commits.get(EVENTS, -1))
         changed |= self._read_attributes(before)
         row = self._live_row(before)
         if row is not None and (live is None or row[schema.MODEL_VERSION] != live.model_version):
             self._load(row, before)
             if live is None:
-                self._read_events(before.get(EVENTS, -1))
+                self.history.read(before.get(EVENTS, -1), self._commits.get(EVENTS, -1))
             changed = True
         elif live is not None:
             changed |= self._follow(live, before)
@@ -330,43 +331,6 @@ class Refresher:
         except Rewritten:
             for batch in self.source.query(table, "select * from t", self._commits[table]):
                 yield pa.table(batch)
-
-    # Events: where observations landed, and who acted on what.
-
-    def _read_events(self, after: int) -> bool:
-        through = self._commits.get(EVENTS, -1)
-        if through <= after:
-            return False
-        waiting, read = self.takeover.not_landed(), after
-        try:
-            for commit in self.source.commits(EVENTS, after, through):
-                if commit.reload:
-                    raise Rewritten
-                tables = []
-                for file in commit.files:
-                    rows = self.source.rows(EVENTS, file, _EVENT_COLUMNS)
-                    self.takeover.land(waiting, rows[EVENT_ID].to_pylist(), (commit.version, file.index))
-                    tables.append(rows)
-                rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in _EVENT_COLUMNS})
-                self._write_events(rows, commit.version)
-                read = commit.version
-        except Rewritten:
-            self._read_all_events(waiting, read, through)
-        self.store.write_popular(POPULAR)
-        return True
-
-    def _read_all_events(self, waiting: dict[str, bytes], read: int, through: int) -> None:
-        """Forget events, and read the table anew; until that has ended the store says ``read``, so that it is begun again."""
-        log.info("serve: events were erased, or their log or files begin later: reading the table")
-        self.takeover.ask(waiting)
-        self.store.forget_events()
-        for batch in self.source.query(EVENTS, f"select {', '.join(_EVENT_COLUMNS)} from t", through):
-            self._write_events(pa.table(batch), read)
-        self.store.write_versions(events=through)
-
-    def _write_events(self, rows: pa.Table, version: int) -> None:
-        users = [digest(user) for user in rows[USER_ID].to_pylist()]
-        self.store.write_events(version, users, rows[INPUT_ID].to_pylist(), rows[LABEL].to_pylist())
 
     # Housekeeping.
 

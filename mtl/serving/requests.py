@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TypeVar
@@ -13,6 +14,7 @@ from mtl.losses import Loss
 from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import api
 from mtl.serving.api import Problem
+from mtl.serving.observations import Event, Feedback
 
 MAX_ID = 1000  # characters
 DEFAULT_K = 10
@@ -129,11 +131,41 @@ def _text(value: str | float | bool) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def check_event(request: api.ObserveRequest, loss: Loss) -> None:
-    """Refuse what ingest would put into quarantine."""
+def event_of(request: api.ObserveRequest, loss: Loss, contexts: Sequence[str]) -> Event:
+    """The event; what ingest would put into quarantine is refused."""
     label, weight = limited("label", request.label), limited("weight", request.weight)
-    offset_of(request.offset, loss)
     if (reason := loss.refusal(label, label, label == math.floor(label))) is not None:
         raise Problem(422, "bad_label", f"label {label}: a model of {loss.name} loss takes no {reason}")
     if weight <= 0:
         raise Problem(422, "bad_weight", f"weight {weight}: a number above 0 is wanted")
+    return Event(
+        uuid.uuid4().hex if request.event_id is None else identity_of("event_id", request.event_id),
+        identity_of("user", request.user),
+        identity_of("input", request.input),
+        label,
+        weight,
+        moment_of(request.event_time),
+        offset_of(request.offset, loss) or None,
+        context_of(request.context, contexts),
+    )
+
+
+def feedback_of(request: api.FeedbackRequest) -> Feedback:
+    return Feedback(
+        identity_of("decision_id", request.decision_id),
+        limited("reward", request.reward),
+        None if request.user is None else identity_of("user", request.user),
+        None if request.input is None else identity_of("input", request.input),
+        moment_of(request.event_time),
+    )
+
+
+def top_of(query: Mapping[str, str], max_k: int) -> api.TopRequest:
+    allow(query, "user", "k", "exclude_seen", "where", "context")
+    return api.TopRequest(
+        user=text_of(query, "user"),
+        k=k_of(query, max_k),
+        exclude_seen=flag_of(query, "exclude_seen"),
+        where=dict(pairs_of(query, "where")),
+        context=dict(pairs_of(query, "context")),
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
 import logging
 import multiprocessing
 import os
@@ -38,7 +37,8 @@ from mtl.serving.http import application
 from mtl.serving.observations import read, sealed
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay, open_overlay
-from mtl.serving.service import MAX_VERSION_AGE, Rescore, Service
+from mtl.serving.ranking import rescore_of
+from mtl.serving.service import MAX_VERSION_AGE, Service
 from mtl.serving.store import Store
 from mtl.serving.wire import Protocol
 
@@ -328,23 +328,6 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def rescore_of(settings: ServeSettings) -> Rescore | None:
-    """
-    Raises:
-        ConfigError: serve.rescore names nothing that can be called.
-    """
-    if not settings.rescore:
-        return None
-    module, _, name = settings.rescore.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"serve.rescore = {settings.rescore!r}: {error}; write package.module:function") from error
-    if not callable(found):
-        raise ConfigError(f"serve.rescore = {settings.rescore!r}: this is no function; write package.module:function")
-    return found
 
 
 def _loop() -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import numpy as np
 
 from mtl.config import ServeSettings
 from mtl.effects import of_one
-from mtl.serving import api, choices, scorer
+from mtl.serving import api, choices, ranking, scorer
 from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
 from mtl.serving.bandit import is_reward
@@ -27,6 +26,7 @@ from mtl.serving.evaluator import EncodingError
 from mtl.serving.observations import Choice, Event, Feedback
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay
+from mtl.serving.ranking import Rescore
 from mtl.serving.requests import (
     BATCH,
     CHOOSE,
@@ -34,20 +34,15 @@ from mtl.serving.requests import (
     OBSERVE,
     PREDICT,
     TOP,
-    allow,
-    check_event,
     checked_k,
     context_of,
     decode,
-    flag_of,
+    event_of,
+    feedback_of,
     identity_of,
-    k_of,
-    limited,
-    moment_of,
     offset_of,
-    pairs_of,
-    text_of,
     too_many,
+    top_of,
 )
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
@@ -61,7 +56,6 @@ _RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
 _EVALUATORS = 32  # threads, which wait for functions and run none
 
 Result = TypeVar("Result")
-Rescore = Callable[[str, list[str], list[float], list[float]], Sequence[float]]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -222,15 +216,7 @@ class Service:
         return await self._top(decode(TOP, body))
 
     async def top_by_query(self, query: Mapping[str, str]) -> bytes:
-        allow(query, "user", "k", "exclude_seen", "where", "context")
-        request = api.TopRequest(
-            user=text_of(query, "user"),
-            k=k_of(query, self.settings.max_k),
-            exclude_seen=flag_of(query, "exclude_seen"),
-            where=dict(pairs_of(query, "where")),
-            context=dict(pairs_of(query, "context")),
-        )
-        return await self._top(request)
+        return await self._top(top_of(query, self.settings.max_k))
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
@@ -241,14 +227,14 @@ class Service:
             if len(request.candidates) > self.settings.max_inputs:
                 raise too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
             ends = self.ends()
-            ids = await work(None, self._wanted, view, request, request.candidates)
+            ids = await work(None, ranking.wanted, view, request, request.candidates)
             found = await self.rows_in_time(view, ids, user, ends)
-            chosen = await work(None, self._ordered, view, user, request, ids, found.rows)
+            chosen = await work(None, ranking.ordered, view, user, request, ids, found.rows, self.rescore)
             incomplete = [ids[place] for place in found.incomplete]
-        elif request.where or request.exclude_seen or request.exclude or len(view.rows) > _INLINE:
-            chosen = await work(None, self._top_of_all, view, user, request)
+        elif ranking.is_quick(view, request):
+            chosen = ranking.best_of_all(view, user, request, self.rescore)
         else:
-            chosen = self._top_of_all(view, user, request)
+            chosen = await work(None, ranking.best_of_all, view, user, request, self.rescore)
         return _encode(
             api.TopAnswer(
                 scores=chosen,
@@ -258,30 +244,6 @@ class Service:
                 incomplete_inputs=incomplete,
             )
         )
-
-    def _top_of_all(self, view: View, user: Weights, request: api.TopRequest) -> list[api.Score]:
-        excluded = view.excluded(
-            str(request.user) if request.exclude_seen else None, list(map(str, request.exclude)), request.where
-        )
-        # A few more than k: single precision and E[h] order almost as predictions do.
-        rows = view.best(user, request.k + _SLACK, excluded)
-        return self._ordered(view, user, request, view.ids(rows), view.rows.take(rows, 0))
-
-    def _wanted(self, view: View, request: api.TopRequest, candidates: Sequence[str | int]) -> list[str]:
-        """Those of the candidates that nothing of the request leaves out."""
-        drop = set(map(str, request.exclude))
-        if request.exclude_seen:
-            drop |= set(view.ids(view.seen_rows(str(request.user))))
-        return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and view.has(c, request.where)]
-
-    def _ordered(
-        self, view: View, user: Weights, request: api.TopRequest, ids: list[str], rows: np.ndarray
-    ) -> list[api.Score]:
-        scores, stds = view.score(user, rows)
-        if self.rescore is not None and ids:
-            scores = np.asarray(self.rescore(str(request.user), ids, scores.tolist(), stds.tolist()), float)
-        order = np.argsort(-scores, kind="stable")[: request.k]
-        return [api.Score(ids[i], float(scores[i]), float(stds[i])) for i in order]
 
     # Exploring.
 
@@ -329,34 +291,16 @@ class Service:
     async def observe(self, body: bytes) -> bytes:
         request = decode(OBSERVE, body)
         view = self.shown()
-        check_event(request, view.loss)
-        event = Event(
-            uuid.uuid4().hex if request.event_id is None else identity_of("event_id", request.event_id),
-            identity_of("user", request.user),
-            identity_of("input", request.input),
-            request.label + 0.0,
-            request.weight,
-            moment_of(request.event_time),
-            request.offset or None,
-            context_of(request.context, view.model.contexts),
-        )
+        event = event_of(request, view.loss, view.model.contexts)
         is_new = await self._log(event, "the observation", look_up=request.event_id is not None)
         return _encode(api.ObserveAnswer(event.event_id, not is_new))
 
     async def feedback(self, body: bytes) -> bytes:
-        request = decode(FEEDBACK, body)
-        reward = limited("reward", request.reward)
-        if self.contest is not None and not is_reward(reward):
+        row = feedback_of(decode(FEEDBACK, body))
+        if self.contest is not None and not is_reward(row.reward):
             raise Problem(
-                422, "bad_reward", f"reward {reward}: one in [0, 1] is wanted where versions compete (serve.rivals)"
+                422, "bad_reward", f"reward {row.reward}: one in [0, 1] is wanted where versions compete (serve.rivals)"
             )
-        row = Feedback(
-            identity_of("decision_id", request.decision_id),
-            reward,
-            None if request.user is None else identity_of("user", request.user),
-            None if request.input is None else identity_of("input", request.input),
-            moment_of(request.event_time),
-        )
         await self._log(row, "the reward")
         return _encode(api.FeedbackAnswer(row.decision_id))
 
@@ -414,6 +358,4 @@ def _study(view: View) -> None:
         log.exception("serve: inputs could not be studied: answers are not coarse, and deadlines know the less")
 
 
-_INLINE = 200_000  # inputs of which the best are found without leaving the event loop
-_SLACK = 32  # candidates of top beyond k
 _RETRY = ((b"retry-after", b"1"),)

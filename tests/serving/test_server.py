@@ -21,7 +21,8 @@ from running import ROOT, Server, ask
 from mtl.config import load_settings
 from mtl.errors import ConfigError
 from mtl.serving.observations import read, sealed
-from mtl.serving.server import Folders, rescore_of
+from mtl.serving.ranking import rescore_of
+from mtl.serving.server import Folders
 from mtl.serving.store import Store
 
 

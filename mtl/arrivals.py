@@ -80,7 +80,7 @@ def evidence(table: pa.Table, model: Model, inputs: SharedInputs) -> tuple[pa.Ar
         precision, information = loss.working(*believed, weights.data, labels.data)
         weights, labels = like(weights, precision), like(weights, information)
     labels = left(weights, labels, offsets)
-    a, b = alternation.input_evidence(alternation.input_sums(weights, labels, Extended.of(users)), model.mean_label)
+    a, b = alternation.input_evidence(alternation.input_sums(weights, labels, Extended.of(users)), model.mu)
     return inputs.ids.take(pa.array(which)), np.column_stack([a, b, np.bincount(column, minlength=len(which))])
 
 
@@ -109,7 +109,7 @@ def learn(rows: pa.Table, evidence: Array, model: Model) -> pa.Table:
     b = b + matrix(rows[schema.B], d)
     oracle = _oracle_mean(rows, model)
     inputs = model.artefact.inputs.conditional(a, b, oracle, model.noise)
-    learnt = Features.of(inputs.mean, inputs.covariance, model.mean_label)
+    learnt = Features.of(inputs.mean, inputs.covariance, model.mu)
     counts = rows[schema.N_EVENTS].to_numpy() + n[:, 0].astype(np.int64)
     changed = features.columns_of(learnt) | {
         schema.RESIDUAL: lists(inputs.mean - oracle),
@@ -147,5 +147,5 @@ def _with(rows: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
 def _oracle_mean(rows: pa.Table, model: Model) -> Array:
     """g(z): (o − μ, f_1 … f_k) less what was learnt, (n, d)."""
     mean = matrix(rows[schema.PHI], model.d).copy()
-    mean[:, 0] = rows[schema.OFFSET].to_numpy() - model.mean_label
+    mean[:, 0] = rows[schema.OFFSET].to_numpy() - model.mu
     return mean - features.residuals(rows, model.d)

@@ -198,7 +198,7 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
         np.column_stack([described, matrix(stored[schema.IMPLICIT], artefact.input_implicit)])
     )
     found, residual = features.from_rows(stored, model.d), features.residuals(stored, model.d)
-    actual = np.column_stack([found.offset - model.mean_label, found.phi[:, 1:]])
+    actual = np.column_stack([found.offset - model.mu, found.phi[:, 1:]])
     differences = _largest(actual - residual, expected)
     known = pa.array(at_training[INPUT_ID], pa.string())
     later = stored[schema.N_EVENTS].is_valid().to_numpy() & (index_of(ids, known) < 0)

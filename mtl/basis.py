@@ -6,7 +6,6 @@ integrated out (:class:`mtl.prior.Prior`) or k+1 fitted regressors of any kind (
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -30,6 +29,7 @@ __all__ = [
     "OracleBasis",
     "Refitting",
     "Regressor",
+    "check_told",
     "fit_one",
     "integrated_weights",
 ]
@@ -37,10 +37,8 @@ __all__ = [
 _ROUNDING = 1e-9  # of the weighted error: a gain by less is none
 _TOLD = 1e-12  # of the largest weight: less is no evidence
 
-log = logging.getLogger("mtl")
-
-FitAll = Callable[[Oracle, Array, Array, Array], "list[tuple[Regressor, Array]]"]
-"""(oracle, attributes (n, p), target (n, d), weight (n, d)) → what :func:`fit_one` gives for each of the d columns."""
+FitAll = Callable[[Oracle, Array, Array, Array, list[int]], "list[tuple[Regressor, Array]]"]
+"""(oracle, attributes (n, p), target (n, m), weight (n, m), which m functions these are) → m answers of :func:`fit_one`."""
 
 
 class Strategy(Protocol):
@@ -186,14 +184,14 @@ class OracleBasis(FittedBasis):
         return np.column_stack([_predict(f, attributes, i) for i, f in enumerate(self.functions)])
 
     def refit(self, precision: Array, information: Array, attributes: Array, noise: float) -> OracleBasis:
-        """Every basis function once, each on its weighted dataset.
+        """Every basis function that the events say something of once, each on its weighted dataset.
 
         Args:
             precision, information: of :func:`mtl.alternation.input_evidence`.
             attributes: (n, p).
 
         Raises:
-            OracleError: the oracle raised, or its predictions are not n finite numbers.
+            OracleError: the oracle raised, its predictions are not n finite numbers, or no event says anything.
         """
         d = len(self.covariance)
         W, v = integrated_weights(precision, information, self.covariance, noise)
@@ -201,21 +199,23 @@ class OracleBasis(FittedBasis):
         functions = list(self.functions or d * [Linear(np.zeros(attributes.shape[1]))])
         refused, damped = self.refused, self.damped
         weight = _weights(W)
+        check_told(weight)
+        told = np.flatnonzero(weight.any(axis=0)).tolist()
 
         def gradient(i: int) -> Array:
             return v[:, i] - np.einsum("nj,nj->n", W[:, i], g)
 
         def target(i: int) -> Array:
-            told = weight[:, i] > 0
-            newton = np.divide(gradient(i), weight[:, i], out=np.zeros(len(g)), where=told)
+            newton = np.divide(gradient(i), weight[:, i], out=np.zeros(len(g)), where=weight[:, i] > 0)
             return self.strategy.target(g[:, i], newton)
 
-        together = self.fit_all is not None and d > 1
-        if together:
-            assert self.fit_all is not None
-            proposals = self.fit_all(self.oracle, attributes, np.column_stack([target(i) for i in range(d)]), weight)
-        for i in range(d):
-            fitted, values = proposals[i] if together else fit_one(self.oracle, attributes, target(i), weight[:, i], i)
+        proposals = {}
+        if self.fit_all is not None and len(told) > 1:
+            targets = np.column_stack([target(i) for i in told])
+            fits = self.fit_all(self.oracle, attributes, targets, weight[:, told], told)
+            proposals = dict(zip(told, fits, strict=True))
+        for i in told:
+            fitted, values = proposals.get(i) or fit_one(self.oracle, attributes, target(i), weight[:, i], i)
             direction = self.strategy.direction(g[:, i], values)
             step = _step(weight[:, i], gradient(i), direction)
             refused += step == 0
@@ -262,10 +262,20 @@ def _weights(W: Array) -> Array:
     """W_x[i,i] (n, d), with 0 for what says nothing."""
     weight = np.einsum("nii->ni", W).copy()
     weight[weight <= _TOLD * weight.max(axis=0, initial=0.0)] = 0.0
-    for i, told in enumerate(weight.any(axis=0)):
-        if not told:
-            raise OracleError(f"no event says anything of basis function {i}: are all labels equal?")
     return weight
+
+
+def check_told(told: np.ndarray) -> None:
+    """
+    Args:
+        told: how much the events say of each basis function, or beside it of each input. Of some functions that may be
+            nothing: of one that users have by an attribute, such as a category, that no user has.
+
+    Raises:
+        OracleError: none.
+    """
+    if not np.any(told):
+        raise OracleError("no event says anything of any basis function: are all labels equal?")
 
 
 def _step(weight: Array, gradient: Array, direction: Array) -> float:

@@ -140,12 +140,15 @@ class EventBlock:
 
         def both(name: str) -> Any:
             own, its = getattr(self, name), getattr(extra, name)
-            return None if own is None else np.concatenate([own, its[added]])[order]
+            # Without entries of its own it has forgotten how many contexts there are.
+            return None if own is None else np.concatenate([own.reshape(-1, *its.shape[1:]), its[added]])[order]
 
         return replace(
             self,
             starts=starts,
             **{name: both(name) for name in _OF_ENTRIES},
+            precision=None,
+            information=None,
             extra=ExtraEvents(rest, *(_taken(getattr(extra, name), ~added, left) for name in (*_OF_ENTRIES, "roles"))),
         )
 

@@ -2,7 +2,8 @@
 
 Inputs are kept in *shards*, ranges of the catalogue. Per pass three shuffles move what is needed and no more: features of
 the inputs that a user partition saw go to it, its sums for them come back to their shards, and shards solve their own
-half-step. The driver sees moments, errors and, for a linear oracle, its normal equations.
+half-step. The driver sees moments, errors and, for a linear oracle, its normal equations; for a function of θ, slopes over all
+inputs.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class DistributedEngine:
         shard_inputs: number of inputs in a shard.
 
     Raises:
-        ConfigError: the loss is not squared, or feedback implicit; (from ``refit``) the oracle is neither identity nor
-            linear, for a black box is fitted on the driver.
+        ConfigError: the loss is not squared, feedback implicit, events have contexts, or θ is trained on the latest events
+            alone; (from ``refit``) the oracle is a black box, which is fitted on the driver.
     """
 
     def __init__(self, rows: DataFrame, specification: Specification, shard_inputs: int = SHARD_INPUTS):
@@ -273,7 +274,9 @@ def _sums(block: EventBlock, features: Features, arguments: Any, partition: int,
     prior, noise, of = arguments
     local = replace(block, inputs=np.arange(len(block.inputs), dtype=np.int32))
     _, said = UserStep(features.astype(of.precision), prior, noise, of.loss, of.mu)(local)
-    for i, (shard, inputs) in enumerate(_by_shard(block.inputs, size)):
+    # Users that have attributes alone say nothing of any input, and yet have moments.
+    shards = [*_by_shard(block.inputs, size)] or [(0, block.inputs)]
+    for i, (shard, inputs) in enumerate(shards):
         rows = np.searchsorted(block.inputs, inputs)
         # The partition's moments and its part of the deviance travel with its first piece.
         sums = InputSums(said.sums.second[rows], said.sums.first[rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -23,8 +22,6 @@ from mtl.read import SourceFile, open_file, readable
 from mtl.schema import CONTEXT, INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, OFFSET, REASON, USER_ID
 from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
-
-log = logging.getLogger("mtl")
 
 # Users are grouped by their number of events: from one edge to below the next.
 EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)

@@ -13,7 +13,6 @@ the rest. Price: a step sees all functions at once but only locally, where an ex
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,15 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.optimize
 
-from mtl.basis import FittedBasis, integrated_weights
+from mtl.basis import FittedBasis, check_told, integrated_weights
 from mtl.config import FunctionSettings
 from mtl.differentiable import SHARED, Differentiable, gradient_of, start_of, values_of
-from mtl.errors import OracleError
 from mtl.gaussian import Array
 
 _ROUNDING = 1e-9  # of the objective: a rise by less is none
-
-log = logging.getLogger("mtl")
 
 
 @dataclass(frozen=True)
@@ -185,13 +181,10 @@ class FunctionBasis(FittedBasis):
     def descend(self, slope: Callable[..., Slope], n: int) -> FunctionBasis:
         """The optimizer's steps, with ``slope`` of a θ over all n inputs, or over the rows (batch,) given beside it."""
         here = slope(self.theta)
-        silent = here.told == 0
-        if silent.any():
-            raise OracleError(
-                f"no event says anything of basis function {int(np.argmax(silent))}: are all labels equal?"
-            )
-        mean_weight = here.weight / here.told
-        penalty = self.weight_decay * np.append(mean_weight, mean_weight.mean())[self.owners]  # −1 is the last
+        check_told(here.told)
+        told = here.told > 0
+        mean_weight = np.divide(here.weight, here.told, out=np.zeros(len(told)), where=told)
+        penalty = self.weight_decay * np.append(mean_weight, mean_weight[told].mean())[self.owners]  # −1 is the last
         bound = here.value + _ROUNDING * max(1.0, abs(here.value))
         best, best_value = self.theta, here.value + penalty @ self.theta**2 / 2
 

@@ -126,7 +126,7 @@ def train(
     if zero_weight:
         catalogue = catalogue.with_zeros(n_users, zero_weight)
     if live and "features" in lock:
-        form, mu = live.model.form, live.model.mean_label
+        form, mu = live.model.form, live.model.mu
     else:
         form = _form(settings, n_users, n_inputs, input_encoder, user_encoder)
         if live and "users" in lock:
@@ -134,7 +134,7 @@ def train(
         mu = loss.link(catalogue.mean_label) - catalogue.mean_offset
     earlier = None
     if live and batches is not None:
-        form, mu = _form_of_live(form, "train.incremental", settings, live), live.model.mean_label
+        form, mu = _form_of_live(form, "train.incremental", settings, live), live.model.mu
         earlier = live.of_inputs(catalogue.ids, mu)
     specification = Specification(
         attributes=described,
@@ -210,6 +210,12 @@ def _refuse_contradictions(settings: Settings, live: Live | None) -> None:
             raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
         if model.contexts:
             raise ConfigError("model.contexts: set model.implicit_weight = 0, for zeros have no context")
+    sees_attributes = settings.oracle.kind != "identity" or settings.oracle.pipeline
+    if not sees_attributes and (model.per_user or model.form == "multilevel"):
+        raise ConfigError(
+            'oracle.kind "identity" sees no attributes of inputs, which model.per_user and model.form = "multilevel" take: '
+            "set another"
+        )
     if settings.train.holdout and settings.train.iterations != "auto":
         raise ConfigError('train.holdout chooses the number of iterations: set train.iterations = "auto"')
     if live and model.loss != live.model.loss and (settings.train.lock or live.batches is not None):

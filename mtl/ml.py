@@ -40,7 +40,7 @@ from mtl.read import quoted
 from mtl.recommend import ID, RATING, RECOMMENDATIONS, VECTOR, recommend
 from mtl.schema import CONTEXT, INPUT_ID, LABEL, OFFSET, REASON, USER_ID, WEIGHT
 from mtl.score import PREDICTION, STD, score_rows
-from mtl.users import prior_means
+from mtl.users import weights_without_events
 
 _VERSION = 1  # of the rows of a model that is in no table
 _NO_ID = ""  # no id is blank text: an unknown user or item
@@ -322,9 +322,10 @@ class OracleMTLModel(Described, FittedModel):
         of, attributes = self._fitted, self._user_attributes()
         known = of.users.select(F.col(USER_ID).alias(ID), F.col(schema.W).alias(VECTOR))
         if attributes is not None:
-            new = prior_means(attributes.join(of.users, USER_ID, "left_anti"), of.model)
+            new = weights_without_events(attributes.join(of.users, USER_ID, "left_anti"), of.model)
             known = known.unionAll(new)
-        vectors = _of_wanted(wanted, known, of.model.prior_mean_of_unknown)
+        unknown = of.model.weights_without_events(of.model.prior_mean_of_unknown[None])[0]
+        vectors = _of_wanted(wanted, known, unknown)
         return vectors.select(ID, F.concat(F.array(F.lit(1.0)), VECTOR).alias(VECTOR))
 
     def _item_vectors(self, wanted: DataFrame | None = None) -> DataFrame:

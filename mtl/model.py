@@ -47,7 +47,7 @@ class Model:
     status: str
     form: Form
     loss: str
-    mean_label: float  # μ: the link of the mean label, on which h is centred
+    mu: float  # the link of the mean label less the mean offset: h is centred on it
     noise: float
     label_min: float
     label_max: float
@@ -90,7 +90,7 @@ class Model:
     def features_about(self, mean: Array) -> Features:
         """Features of inputs of which an oracle's prediction (n, d) is all that is known."""
         covariance = np.tile(gaussian.pack(self.artefact.inputs.covariance), (len(mean), 1))
-        return Features.of(mean, covariance, self.mean_label)
+        return Features.of(mean, covariance, self.mu)
 
     def prior_mean_of_new(self, attributes: pd.DataFrame) -> Array:
         """Prior means of users that no event was known of in training, (n, d)."""
@@ -137,7 +137,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
         status=row[schema.STATUS],
         form=Form(row[schema.K], tuple(row[schema.INPUT_COLUMNS]), tuple(row[schema.USER_COLUMNS])),
         loss=row[schema.LOSS],
-        mean_label=row[schema.MEAN_LABEL],
+        mu=row[schema.MU],
         noise=row[schema.NOISE],
         label_min=row[schema.LABEL_MIN],
         label_max=row[schema.LABEL_MAX],
@@ -165,7 +165,7 @@ def model_row(
         schema.K: model.form.k,
         schema.INPUT_COLUMNS: list(model.form.input_columns),
         schema.USER_COLUMNS: list(model.form.user_columns),
-        schema.MEAN_LABEL: model.mean_label,
+        schema.MU: model.mu,
         schema.NOISE: model.noise,
         schema.LABEL_MIN: model.label_min,
         schema.LABEL_MAX: model.label_max,

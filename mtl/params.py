@@ -138,13 +138,13 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
     )
     tol: Param[float] = _param(
         "tol",
-        "training stops when a pass lowers the objective by less than this fraction of it (train.tolerance).",
+        "training stops when a pass lowers the objective by less than this an event, in nats (train.tolerance).",
         TypeConverters.toFloat,
     )
     seed: Param[int] = _param("seed", "seed of the random start (train.seed).", TypeConverters.toInt)
     oracle: Param[str] = _param(
         "oracle",
-        "what basis functions are fitted by: identity (matrix factorization), linear, sklearn or spark (oracle.kind).",
+        "what fits basis functions: identity (matrix factorization), linear, sklearn, xgboost, lightgbm or spark (oracle.kind).",
         TypeConverters.toString,
     )
     oracleFactory: Param[str] = _param(
@@ -153,7 +153,7 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
         TypeConverters.toString,
     )
     oracleParams: Param[dict[str, Any]] = _param(
-        "oracleParams", "sklearn, spark: keyword arguments of the estimator (oracle.params).", _to_dict
+        "oracleParams", "keyword arguments of the estimator (oracle.params).", _to_dict
     )
     residual: Param[bool] = _param(
         "residual",

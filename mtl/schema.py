@@ -43,7 +43,7 @@ LOSS = "loss"
 INPUT_COLUMNS = "input_columns"  # encoded attributes that are basis functions, see mtl.forms
 USER_COLUMNS = "user_columns"
 K = "k"
-MEAN_LABEL = "mean_label"
+MU = "mu"
 NOISE = "noise"
 LABEL_MIN = "label_min"
 LABEL_MAX = "label_max"
@@ -172,7 +172,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (K, T.IntegerType()),
         (INPUT_COLUMNS, T.ArrayType(T.IntegerType())),
         (USER_COLUMNS, T.ArrayType(T.IntegerType())),
-        (MEAN_LABEL, T.DoubleType()),
+        (MU, T.DoubleType()),
         (NOISE, T.DoubleType()),
         (LABEL_MIN, T.DoubleType()),
         (LABEL_MAX, T.DoubleType()),

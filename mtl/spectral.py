@@ -156,7 +156,7 @@ def fit(each_block: Pass, n_inputs: int, dimensions: int | None = None, cycles: 
     kept = kept[kept > max(edge, _SMALLEST)]
     m = len(kept)
     V, mean = V[:, :m] * _signs(V[:, :m]), total[:m] * _signs(V[:, :m]) / kept / n_users
-    deviation = np.sqrt(np.maximum(1 / n_users - mean**2, _SMALLEST))  # Σ u² = 1
+    deviation = np.sqrt(np.maximum(1 - n_users * mean**2, _SMALLEST) / n_users)  # Σ u² = 1
     wanted_deviation = LARGEST_DEVIATION * kept / kept[:1]
     inputs = np.zeros((n_inputs, m))
     inputs[active] = (V[active] - V[active].mean(0)) / V[active].std(0) * wanted_deviation

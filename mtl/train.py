@@ -7,12 +7,12 @@ Each minimizes the negative evidence bound
 
 over what it sets, so that J, recorded after each half-step and each prior, does not rise where the oracle is exact and the
 loss is squared or bounded. Where one of them is neither (a black box, Poisson's Newton steps), an iteration that raised J is
-taken back and repeated with half the step: the recorded trace never rises.
+taken back and repeated with half the step: the recorded trace never rises. Poisson's, which is judged by the users' half-step
+that ends it, begins and ends there.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,8 +24,6 @@ from mtl.engine import Engine
 from mtl.gaussian import Posterior
 from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
-
-log = logging.getLogger("mtl")
 
 START_VARIANCE = 0.2  # of every prior before anything is learnt, in the units of Specification.spread and input_units
 START_NOISE = (
@@ -66,6 +64,8 @@ class State(NamedTuple):
     held_out: list[float]
     previous: float  # the objective an iteration ago
     effects: Effects
+    step: float  # of the next iteration
+    damped: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def alternate(
     held_out: list[float] = []
     step, damped, iteration, previous = 1.0, 0, 0, np.inf
     if resume:
-        iteration, _, users, inputs, noise, trace, held_out, previous, _ = resume
+        iteration, _, users, inputs, noise, trace, held_out, previous, _, step, damped = resume
 
     def objective(deviance: float) -> float:
         normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
@@ -138,30 +138,32 @@ def alternate(
         moments, deviance = engine.update_inputs(refitted, noise, step)
         return refitted.learn(moments), moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
 
+    def is_last(reached: float) -> bool:
+        """Whether the iteration that reached this objective is."""
+        nonlocal previous
+        report(iteration, reached)
+        before, previous = previous, reached
+        return schedule.is_settled(before, reached, n_events) or iteration == schedule.iterations
+
     for _ in range(_RESUMING_STEPS if resume and not loss.is_quadratic else 1):
         user_moments, user_deviance = engine.update_users(users, noise)
     users = users.learn(user_moments)
     if not resume:
         held_out.append(engine.held_out)
     while True:
-        kept = engine.snapshot(), users, inputs, noise, user_moments, len(trace)
+        kept = engine.snapshot(), users, inputs, noise, user_moments, user_deviance, previous, len(trace)
         inputs, input_moments, noise, deviance = update_inputs()
+        iteration += 1
         if loss.is_bounded:
             trace.append(objective(deviance))
-        iteration += 1
-        if trace:
-            report(iteration, trace[-1])
-            if schedule.is_settled(previous, trace[-1], n_events):
+            if is_last(trace[-1]):
                 break
-            previous = trace[-1]
-        if iteration == schedule.iterations:
-            break
         before = users
         user_moments, user_deviance = engine.update_users(users, noise, step)
         users = users.learn(user_moments)
         reached = objective(user_deviance)
         if trace and reached > trace[-1] + engine.rounding * abs(trace[-1]):
-            snapshot, users, inputs, noise, user_moments, length = kept
+            snapshot, users, inputs, noise, user_moments, user_deviance, previous, length = kept
             engine.restore(snapshot)
             del trace[length:]
             if step <= _SMALLEST_STEP:
@@ -170,13 +172,14 @@ def alternate(
             continue
         trace.append(reached)
         held_out.append(engine.held_out)
-        if save:
-            save(
-                State(iteration, engine.inputs, before, inputs, noise, [*trace], [*held_out], previous, engine.effects)
-            )
-        if schedule.is_overfit(held_out):
+        if (not loss.is_bounded and is_last(reached)) or schedule.is_overfit(held_out):
             break
         step = min(1.0, 2 * step)
+        if save:
+            of_all = [*trace], [*held_out], previous, engine.effects, step, damped
+            save(State(iteration, engine.inputs, before, inputs, noise, *of_all))
     if not locked:
-        engine.update_inputs(inputs, noise)  # so that what the engine holds and the priors returned are of one model
+        # So that what the engine holds and the priors returned are of one model. Where a whole step is not sure to lower the
+        # objective, from the evidence that the last one took.
+        engine.update_inputs(inputs, noise, 1.0 if loss.is_bounded and step == 1.0 else 0.0)
     return Fit(users, inputs, noise, tuple(trace), iteration, damped, tuple(held_out))

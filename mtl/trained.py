@@ -76,7 +76,7 @@ class Trained:
             status=status,
             form=self.form,
             loss=self.loss.name,
-            mean_label=self.mu,
+            mu=self.mu,
             noise=fit.noise,
             label_min=catalogue.label_min,
             label_max=catalogue.label_max,

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
 from mtl import blocks, decay, gaussian, schema
-from mtl.arrow import fill, lists
+from mtl.arrow import fill, lists, matrix
 from mtl.contexts import columns_of, offsets_of
 from mtl.effects import part_of
 from mtl.errors import InputError
@@ -99,13 +99,29 @@ def needed_of(events: DataFrame, model: Model) -> DataFrame:
 
 def prior_means(users: DataFrame, model: Model) -> DataFrame:
     """(user_id, prior_mean) of rows of the user attributes table, in Arrow batches on the workers."""
+    return _described(users, model, schema.PRIOR_MEAN, prior_mean_rows)
+
+
+def weights_without_events(users: DataFrame, model: Model) -> DataFrame:
+    """(user_id, w) of rows of the user attributes table, of users without events."""
+
+    def rows(table: pa.Table, model: Model) -> pa.Table:
+        found = prior_mean_rows(table, model)
+        weights = model.weights_without_events(matrix(found[schema.PRIOR_MEAN], model.d))
+        return found.select([USER_ID]).append_column(schema.W, lists(weights))
+
+    return _described(users, model, schema.W, rows)
+
+
+def _described(users: DataFrame, model: Model, name: str, rows: Callable[[pa.Table, Model], pa.Table]) -> DataFrame:
+    """(user_id, ``name``, an array of numbers), made in Arrow batches on the workers."""
     shared = share(users.sparkSession, model)
 
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            yield from prior_mean_rows(pa.Table.from_batches([batch]), shared.value).to_batches()
+            yield from rows(pa.Table.from_batches([batch]), shared.value).to_batches()
 
-    return users.mapInArrow(partition, f"{USER_ID} string, {schema.PRIOR_MEAN} array<double>")
+    return users.mapInArrow(partition, f"{USER_ID} string, {name} array<double>")
 
 
 def prior_mean_rows(users: pa.Table, model: Model) -> pa.Table:

@@ -44,7 +44,7 @@ class Specification:
     attributes: Array  # of all inputs, (inputs, p)
     form: Form
     loss: Loss
-    mu: float  # μ, the link of the mean label
+    mu: float  # μ, the link of the mean label less the mean offset, or that of the version begun from
     squared_labels: float  # Σ c y² over the events that are trained on
     seed: int = 0
     known: Known | None = None
@@ -201,7 +201,10 @@ class UserStep:
         """
         assert block.contexts is not None
         assert self.measured is not None
-        effect, code = self.effects[self.measured], block.contexts[:, self.measured]
+        effect = self.effects[self.measured]
+        if not len(precision):
+            return np.zeros(len(effect.values)), np.zeros(len(effect.values))
+        code = block.contexts[:, self.measured]
         rest = residual + precision * effect.mean[code]
 
         def of_values(values: Array) -> Array:

@@ -18,7 +18,7 @@ def catalogue(model: Model, n_old: int = 5) -> tuple[pa.Table, SharedInputs]:
     """Features rows of 8 inputs of which the last came after training, and what is shared of them."""
     known = inputs()
     old, late = np.arange(n_old), np.arange(n_old, 8)
-    as_it_came = model.features_about(known.features.vectors(model.mean_label).mean[late])
+    as_it_came = model.features_about(known.features.vectors(model.mu).mean[late])
     parts = [(old, known.features.take(old), False), (late, as_it_came, True)]
     rows = pa.concat_tables(
         feature_rows(
@@ -37,7 +37,7 @@ def joint(model: Model, rows: pa.Table, table: pa.Table, x: str) -> np.ndarray:
     precision = np.linalg.inv(prior.covariance)
     i = rows[schema.INPUT_ID].to_pylist().index(x)
     mean = np.array(rows[schema.PHI][i].as_py())
-    mean[0] = rows[schema.OFFSET][i].as_py() - model.mean_label
+    mean[0] = rows[schema.OFFSET][i].as_py() - model.mu
     information = precision @ mean
     w, V = model.prior_mean_of_unknown, users.covariance
     for event in table.to_pylist():
@@ -51,7 +51,7 @@ def joint(model: Model, rows: pa.Table, table: pa.Table, x: str) -> np.ndarray:
         with_intercept[1:] += V[1:, 0]
         c = event[schema.WEIGHT] / model.noise
         precision = precision + c * second
-        information = information + c * ((event[schema.LABEL] - model.mean_label) * coefficient - with_intercept)
+        information = information + c * ((event[schema.LABEL] - model.mu) * coefficient - with_intercept)
     assert d == len(information)
     return np.linalg.solve(precision, information)
 
@@ -66,7 +66,7 @@ def test_what_is_learnt_is_the_posterior_of_the_normal_equations() -> None:
     for i, x in enumerate(learnt[schema.INPUT_ID].to_pylist()):
         expected = joint(model, rows, table, x)
         got = np.array(learnt[schema.PHI][i].as_py())
-        got[0] = learnt[schema.OFFSET][i].as_py() - model.mean_label
+        got[0] = learnt[schema.OFFSET][i].as_py() - model.mu
         np.testing.assert_allclose(got, expected, rtol=1e-9)
         assert learnt[schema.N_EVENTS][i].as_py() == table[schema.INPUT_ID].to_pylist().count(x)
 

@@ -15,7 +15,7 @@ from mtl.alternation import Extended, InputSums
 from mtl.basis import Boosting, OracleBasis, Refitting, fit_one, integrated_weights
 from mtl.errors import OracleError
 from mtl.gaussian import Array
-from mtl.oracle.linear import fit_ridge
+from mtl.oracle.linear import NormalEquations, fit_ridge
 from mtl.prior import Moments
 from mtl.regressors import Linear
 
@@ -49,9 +49,9 @@ class Recorder:
         return Fixed(target)
 
 
-def at_once(oracle, attributes: Array, target: Array, weight: Array) -> list:
+def at_once(oracle, attributes: Array, target: Array, weight: Array, which: list[int]) -> list:
     """What Spark tasks do, here."""
-    return [fit_one(oracle, attributes, target[:, i], weight[:, i], i) for i in range(target.shape[1])]
+    return [fit_one(oracle, attributes, target[:, j], weight[:, j], i) for j, i in enumerate(which)]
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +321,38 @@ def test_what_the_functions_are_fitted_to_never_rises(
     assert rises(problem, evidence, strategy, fit_all, residual) < 1e-8
     monkeypatch.setattr("mtl.basis._step", lambda *_: 1.0)
     assert rises(problem, evidence, strategy, fit_all, residual) > 1e-3
+
+
+def silenced(evidence: tuple[Array, Array], i: int) -> tuple[Array, Array]:
+    """The evidence of users whose weight on function i is 0 for certain, as on a category that none is of."""
+    A, b = gaussian.unpack(evidence[0], D), evidence[1].copy()
+    A[:, i], A[:, :, i], b[:, i] = 0.0, 0.0, 0.0
+    return gaussian.pack(A), b
+
+
+@pytest.mark.parametrize("fit_all", [None, at_once], ids=["in turn", "at once"])
+def test_a_function_of_which_no_event_tells_stays_and_the_others_are_as_without_it(problem, evidence, fit_all) -> None:
+    z, told = problem.input_attributes, [0, 2]
+    start = OracleBasis(least_squares, full_covariance(), True, fit_all=fit_all)
+    found = refit(start, silenced(evidence, 1), z)
+    assert not found.functions[1].coefficients.any()
+    A = gaussian.pack(gaussian.unpack(silenced(evidence, 1)[0], D)[:, told][:, :, told])
+    without = refit(replace(start, covariance=full_covariance()[np.ix_(told, told)]), (A, evidence[1][:, told]), z)
+    np.testing.assert_allclose(found.mean(z)[:, told], without.mean(z), atol=1e-9)
+    W, v = integrated_weights(*silenced(evidence, 1), full_covariance(), NOISE)
+    by_sums = NormalEquations.of(W, v, z).solve(())
+    by_rows = refit(replace(start, oracle=fit_ridge, fit_all=None), silenced(evidence, 1), z).functions
+    for one, other in zip(by_sums, by_rows, strict=True):
+        np.testing.assert_allclose(one.coefficients, other.coefficients, atol=1e-9)
+
+
+def test_events_that_say_nothing_at_all_are_refused(problem, evidence) -> None:
+    nothing = tuple(np.zeros_like(array) for array in evidence)
+    with pytest.raises(OracleError, match="no event says anything of any basis function"):
+        refit(OracleBasis.start(least_squares, D, 0.2, residual=True), nothing, problem.input_attributes)
+    W, v = integrated_weights(*nothing, full_covariance(), NOISE)
+    with pytest.raises(OracleError, match="no event says anything of any basis function"):
+        NormalEquations.of(W, v, problem.input_attributes).solve(())
 
 
 # --- All functions at once --------------------------------------------------------------------------------------------

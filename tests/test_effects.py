@@ -170,6 +170,31 @@ def test_events_held_out_keep_their_offsets_and_contexts() -> None:
     assert len(case.block(role).extra.roles) == np.sum(role != TRAINED)
 
 
+def test_a_block_all_of_whose_events_are_held_out_gets_them_back() -> None:
+    case = InContext.planted(12, events=40)
+    emptied = case.block(np.full(40, HELD_OUT))
+    assert not len(emptied.places)
+    assert _rows(emptied.with_extra(HELD_OUT)) == _rows(case.block())
+
+
+def test_a_block_of_users_without_events_says_nothing_of_contexts() -> None:
+    case = InContext.planted(13, events=60)
+    silent = user_ids(np.arange(100, 103))
+    nothing = np.zeros(0)
+    events = silent[:0], nothing.astype(int), nothing, nothing, silent, np.ones((3, 3)), None, nothing
+    empty = next(from_arrow([to_arrow(build(*events, np.zeros((0, 2), np.int32)))]))
+    engine = case.engine(2)
+    before = engine.effects
+    engine.partitions.append(empty)
+    for _ in before:
+        engine.update_users(case.problem.user_prior(2), 0.5)
+    alone = case.engine(2)
+    for _ in before:
+        alone.update_users(case.problem.user_prior(2), 0.5)
+    for one, other in zip(engine.effects, alone.effects, strict=True):
+        np.testing.assert_array_equal(one.mean, other.mean)
+
+
 def test_a_value_that_training_did_not_see_is_a_draw_from_the_prior() -> None:
     effect = Effect.start("hour", pa.array(["1", "2"])).learn(np.array([10.0, 0.0]), np.array([5.0, 0.0]), 0.5).learnt()
     assert of_one(0.25, {"hour": "1"}, (effect,)) == pytest.approx((0.25 + effect.mean[0], effect.variance[0]))

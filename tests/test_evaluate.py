@@ -57,7 +57,7 @@ def model(random: np.random.Generator) -> Model:
 
 def test_scores_are_those_of_a_plain_loop_over_the_rows(random: np.random.Generator, model: Model) -> None:
     mean, covariance = random.normal(size=(3, D)), np.stack([spd(random) for _ in range(3)])
-    features = Features.of(mean, gaussian.pack(covariance), model.mean_label)
+    features = Features.of(mean, gaussian.pack(covariance), model.mu)
     a, b, prior_mean = {}, {}, {"described": random.normal(size=D)}
     for user in ("ann", "bob"):
         a[user], b[user], prior_mean[user] = spd(random), random.normal(size=D), random.normal(size=D)
@@ -91,7 +91,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_rows(random: np.random.Genera
         V_x[0] = V_x[:, 0] = 0  # the intercept's 1 is certain
         of_input = np.array([1, *w[1:]])  # what multiplies [o, f_1 …]
         variance = model.noise + phi @ V @ phi + np.trace(V_x @ V) + of_input @ covariance[i] @ of_input
-        assert prediction == pytest.approx(model.mean_label + mean[i, 0] + w @ phi, rel=1e-10)
+        assert prediction == pytest.approx(model.mu + mean[i, 0] + w @ phi, rel=1e-10)
         assert std == pytest.approx(variance**0.5, rel=1e-10)
 
 
@@ -115,7 +115,7 @@ def test_a_score_is_the_same_to_the_last_bit_whatever_is_scored_beside_it(
 ) -> None:
     prior = Prior(np.eye(1), spd(random, d) / d, 0.1 * random.normal(size=(1, d)))
     artefact = replace(model.artefact, users=prior, inputs=prior)
-    model = replace(model, form=Form(d - 1), loss=loss, mean_label=0.1, artefact=artefact)
+    model = replace(model, form=Form(d - 1), loss=loss, mu=0.1, artefact=artefact)
     n = 300
     features = Features.of(
         0.2 * random.normal(size=(n + 1, d)),

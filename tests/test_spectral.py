@@ -88,6 +88,14 @@ def test_a_vector_reproduces_itself_through_the_events() -> None:
     np.testing.assert_allclose(agreement, 1, atol=1e-3)
 
 
+def test_vectors_keep_their_deviation_however_many_users_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectral, "_SMALLEST", 0.01)  # of σ, and much above the variance 1/n of a vector over n users
+    blocks = blocks_of(sp.vstack([pattern()] * 50).tocsr())
+    found = embedding(blocks, 3, cycles=30)
+    users = np.array([row for user, row in by_user(found, blocks).items() if user != "silent"])
+    np.testing.assert_allclose(users.std(0), scale(found), rtol=1e-6)
+
+
 def test_users_in_several_blocks_get_what_they_get_in_one() -> None:
     matrix = pattern()
     one, several = blocks_of(matrix), blocks_of(matrix, 3)

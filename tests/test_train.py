@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,15 +20,19 @@ from mtl.basis import Oracle, OracleBasis
 from mtl.blocks import HELD_OUT, TRAINED, from_arrow, to_arrow
 from mtl.catalogue import Catalogue, Totals
 from mtl.config import load_settings
+from mtl.differentiable import LinearFunction
 from mtl.engine import LocalEngine
 from mtl.features import Features
+from mtl.firstorder import Adam, FunctionBasis
 from mtl.fitting import _precision
+from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
 from mtl.resume import Checkpoint
 from mtl.train import Fit, Schedule, State, alternate
 from mtl.userstep import Known, Specification
+from mtl.working import beliefs, settle
 
 problems = st.builds(
     planted,
@@ -369,6 +374,51 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(oracle: Oracle | 
     assert again.iterations == whole.iterations
     np.testing.assert_allclose(again.objective, whole.objective, rtol=1e-12)
     assert replace(checkpoint, key="of other data").load(problem.input_prior(2, oracle)) is None
+
+
+def test_an_optimizer_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    inputs = FunctionBasis.start(LinearFunction(), Adam(3, 0.1, 4), 5.0, 2, 3, 0.2, residual=True)
+    inputs = replace(inputs, optimizer=replace(inputs.optimizer, t=7, learning_rate=0.025))
+    state = State(3, None, None, inputs, 1.0, [], [], 0.0, (), 0.5, 2)
+    checkpoint = Checkpoint(tmp_path / "state", "key")
+    checkpoint.save(state)
+    fresh = FunctionBasis.start(LinearFunction(), Adam(3, 0.1, 4), 5.0, 2, 3, 0.2, residual=True)
+    again = checkpoint.load(fresh)
+    assert again.inputs.optimizer == inputs.optimizer
+    assert (again.step, again.damped) == (0.5, 2)
+
+
+def counts(seed: int) -> Problem:
+    """Few events of rates that differ by thousands, of which Newton's steps overshoot."""
+    random = np.random.default_rng(seed)
+    problem = planted(seed, users=5, inputs=5, events=int(random.integers(8, 40)))
+    label = random.poisson(np.exp(np.clip(3 * (problem.expected - problem.expected.mean()), -4, 6))).astype(float)
+    label[0] = 1
+    return replace(problem, label=label)
+
+
+@pytest.mark.parametrize(("seed", "form"), [(174, Form(2)), (2, Form(1, (2,), (1, 2))), (6, Form(2))])
+def test_counts_train_on_after_an_iteration_was_taken_back(seed: int, form: Form) -> None:
+    """An iteration that is repeated with half the step is held against the one before, not against itself."""
+    problem, tolerance = counts(seed), 3e-4
+    stopped, whole = (problem.train(form, Schedule(30, stop), loss="poisson") for stop in (tolerance, None))
+    assert whole.damped
+    assert (np.diff(stopped.objective) <= 1e-9 * np.abs(stopped.objective[:-1])).all()
+    left = (30 - stopped.iterations) * tolerance * len(problem)
+    assert stopped.objective[-1] - whole.objective[-1] <= left
+
+
+def test_what_training_ends_with_is_not_worse_than_what_it_was_judged_by() -> None:
+    """Poisson's last step of the inputs is one that the users' half-step after it was held against."""
+    problem = counts(238)
+    engine = problem.engine(Form(0, (1, 2)), loss="poisson")
+    fit = problem.train(Form(0, (1, 2)), Schedule(30), engine=engine, loss="poisson")
+    block = problem.block()
+    posteriors = partial(fit.users.posteriors, attributes=block.attributes, noise=1.0)
+    features = engine.features.take(block.inputs)
+    users = posteriors(*settle(block.weight_matrix, block.label_matrix, features, posteriors, LOSSES["poisson"]))
+    believed = beliefs(block.weight_matrix, users, features)
+    assert LOSSES["poisson"].expected(*believed, block.weights, block.labels).sum() < fit.objective[-1] / 2
 
 
 def test_a_warm_start_is_where_the_earlier_training_ended() -> None:

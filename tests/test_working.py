@@ -91,6 +91,38 @@ def test_large_labels_do_not_throw_users_off(loss: str, monkeypatch: pytest.Monk
     np.testing.assert_allclose(settled.mean, further.mean, atol=0.01)
 
 
+@pytest.mark.parametrize(("variance", "nats"), [(1.0, 1e-3), (10.0, 0.1), (25.0, 1.0)])
+def test_under_wide_priors_counts_settle_and_do_not_circle(
+    variance: float, nats: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few counts a user, mostly 0: no user's objective is much changed by more passes, nor worse than after a few."""
+    random, users, each = np.random.default_rng(0), 400, 4
+    z = np.column_stack([np.zeros(users * each), random.normal(size=(users * each, D - 1))])
+    features = Features.of(z, np.zeros((len(z), gaussian.packed_length(D))), 0.0)
+    w = random.normal(size=(users, D)) * np.sqrt(variance)
+    h = np.clip(np.einsum("nd,nd->n", np.repeat(w, each, 0), features.phi), -20, 6)
+    places, starts = np.arange(users * each), np.arange(0, users * each + 1, each)
+    weights = sp.csr_matrix((np.ones(users * each), places, starts), shape=(users, users * each))
+    labels, loss, precision = (
+        like(weights, random.poisson(np.exp(h)).astype(float)),
+        LOSSES["poisson"],
+        np.eye(D) / variance,
+    )
+    posteriors = partial(alternation.posteriors, prior_mean=np.zeros((users, D)), prior_precision=precision, noise=1.0)
+
+    def objective(passes: int) -> Array:
+        monkeypatch.setattr(working, "SETTLING_PASSES", passes)
+        found = posteriors(*settle(weights, labels, features, posteriors, loss))
+        mean, spread = working.beliefs(weights, found, features)
+        kl = (np.trace(gaussian.unpack(found.covariance, D), axis1=1, axis2=2) + (found.mean**2).sum(1)) / variance
+        kl -= found.log_determinant
+        return np.add.reduceat(loss.expected(mean, spread, weights.data, labels.data), starts[:-1]) + kl / 2
+
+    found, further = objective(30), objective(400)
+    assert np.abs(found - further).max() < nats
+    assert (found - objective(3)).max() < nats
+
+
 def test_batches_of_squared_loss_add_up_to_one_pass() -> None:
     planted = Planted("squared")
     batches = np.array_split(np.random.default_rng(2).permutation(len(planted.user)), [5, 6, 90])

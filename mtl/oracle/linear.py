@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtl.basis import check_told
 from mtl.gaussian import Array
 from mtl.prior import COEFFICIENT_PRECISION
 from mtl.regressors import Linear
@@ -40,10 +41,15 @@ class NormalEquations:
         )
 
     def solve(self, functions: Sequence[Linear]) -> tuple[Linear, ...]:
-        """Each function once, given the others: what a cycle of :func:`fit_ridge` over the rows gives."""
+        """Each function that is told of once, given the others: what a cycle of :func:`fit_ridge` over the rows gives.
+
+        Raises:
+            OracleError: none is.
+        """
+        check_told(self.told)
         d, p = self.first.shape
         coefficients = np.array([f.coefficients for f in functions]) if functions else np.zeros((d, p))
-        for i in range(d):
+        for i in np.flatnonzero(self.told).tolist():
             others = np.einsum("jpq,jq->p", self.second[i], coefficients) - self.second[i, i] @ coefficients[i]
             wanted = self.first[i] - others
             ridge = COEFFICIENT_PRECISION * self.weight[i] / self.told[i] * np.eye(p)

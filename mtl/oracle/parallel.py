@@ -27,17 +27,17 @@ class SparkFits:
         self._sent: tuple[Array, Shared] | None = None
 
     def __call__(
-        self, oracle: Oracle, attributes: Array, target: Array, weight: Array
+        self, oracle: Oracle, attributes: Array, target: Array, weight: Array, which: list[int]
     ) -> list[tuple[Regressor, Array]]:
-        d = target.shape[1]
+        n = target.shape[1]
         if self._sent is None or self._sent[0] is not attributes:
             if self._sent:
                 self._sent[1].destroy()
             self._sent = attributes, share(self.spark, attributes)
-        given = share(self.spark, (cloudpickle.dumps(oracle), target, weight))
+        given = share(self.spark, (cloudpickle.dumps(oracle), target, weight, which))
         try:
-            # A range is cut evenly, so that each of its d partitions is one function.
-            functions = self.spark.range(0, d, 1, d).withColumnRenamed("id", "function")
+            # A range is cut evenly, so that each of its n partitions is one function.
+            functions = self.spark.range(0, n, 1, n).withColumnRenamed("id", "function")
             rows = functions.mapInArrow(_fits(self._sent[1], given), _COLUMNS).toArrow().sort_by("function")
         finally:
             given.destroy()
@@ -53,11 +53,9 @@ def _fits(attributes: Any, given: Any) -> Callable[[Iterator[pa.RecordBatch]], I
     def partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for i in batch.column("function").to_pylist():
-                oracle, target, weight = given.value
-                yield pa.RecordBatch.from_pylist(
-                    [fit_to_row(cloudpickle.loads(oracle), attributes.value, target[:, i], weight[:, i], i)],
-                    _SCHEMA,
-                )
+                oracle, target, weight, which = given.value
+                fitted = fit_to_row(cloudpickle.loads(oracle), attributes.value, target[:, i], weight[:, i], which[i])
+                yield pa.RecordBatch.from_pylist([fitted], _SCHEMA)
 
     return partition
 

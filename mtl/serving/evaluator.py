@@ -212,7 +212,7 @@ class Evaluator:
 
     def unreached(self, n: int) -> Array:
         """Features of inputs of which nothing was evaluated, (n, width)."""
-        return scorer.feature_rows(self._population.of(np.ones((n, 1))).features(self.model.mean_label))
+        return scorer.feature_rows(self._population.of(np.ones((n, 1))).features(self.model.mu))
 
     # How it is done.
 
@@ -269,7 +269,7 @@ class Evaluator:
         if set(range(d)) <= set(revealed):
             whole = self.model.features_about(values[:, [revealed.index(i) for i in range(d)]])
             return scorer.feature_rows(whole), True
-        return scorer.feature_rows(start.given(revealed, values).features(self.model.mean_label)), False
+        return scorer.feature_rows(start.given(revealed, values).features(self.model.mu)), False
 
     def _encoded_by(self, attributes: Sequence[Attributes], deadline: float) -> Array | None:
         found = evaluate(_ENCODE, self.encoding, (0,), attributes, deadline).get(0)
@@ -385,7 +385,7 @@ def _guessed(model: Model, m: int, stored: Array | None) -> Population:
     if stored is not None and len(stored):
         values = np.zeros((len(stored), m))
         values[:, :d] = classes.vectors(_features(stored, d))
-        values[:, 0] -= model.mean_label
+        values[:, 0] -= model.mu
     return Population.fit(values, model.artefact.inputs.covariance)
 
 

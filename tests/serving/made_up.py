@@ -23,7 +23,7 @@ from mtl.serving.records import digest, pack_users
 from mtl.serving.store import Live, Store, new_feature_files, write_features
 
 VERSION = 1
-MEAN_LABEL = 3.5
+MU = 3.5
 NOISE = 0.8
 EVENTS_BEFORE = 30  # of every user
 
@@ -55,7 +55,7 @@ def model_row(
         schema.INPUT_COLUMNS: [],
         schema.USER_COLUMNS: [],
         schema.LOSS: loss,
-        schema.MEAN_LABEL: MEAN_LABEL if loss == "squared" else 0.0,
+        schema.MU: MU if loss == "squared" else 0.0,
         schema.NOISE: NOISE if loss == "squared" else 1.0,
         schema.LABEL_MIN: 1.0,
         schema.LABEL_MAX: 5.0,
@@ -68,7 +68,7 @@ def model_row(
 
 def features(random: np.random.Generator, n: int, d: int) -> Features:
     mean = random.normal(size=(n, d)) * 0.5
-    return Features.of(mean, covariances(random, n, d, 0.05), MEAN_LABEL)
+    return Features.of(mean, covariances(random, n, d, 0.05), MU)
 
 
 def fill(

@@ -84,7 +84,7 @@ def test_all_steps_give_the_features_of_a_new_input(name: str) -> None:
     where = [i for place in reached for i in plan.steps[place].reveals]
     known = start.given(where, np.column_stack([found[place] for place in reached]))
     expected = of.features_of_new(rows)
-    for field, values in vars(known.features(of.mean_label)).items():
+    for field, values in vars(known.features(of.mu)).items():
         np.testing.assert_allclose(values, getattr(expected, field), rtol=1e-9, atol=1e-9, err_msg=field)
 
 

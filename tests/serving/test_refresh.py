@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from made_up import MEAN_LABEL, VERSION, covariances, features, model_row
+from made_up import MU, VERSION, covariances, features, model_row
 
 from mtl import gaussian, schema
 from mtl.arrow import lists
@@ -82,7 +82,7 @@ class Tables:
     def features(self, *inputs: str, offset: float = 0.0) -> None:
         mean = self.random.normal(size=(len(inputs), D)) * 0.1
         mean[:, 0] += offset
-        made = Features.of(mean, covariances(self.random, len(inputs), D, 0.05), MEAN_LABEL)
+        made = Features.of(mean, covariances(self.random, len(inputs), D, 0.05), MU)
         no_residual, no_implicit = np.zeros((len(inputs), D)), np.zeros((len(inputs), 0))
         self.append(FEATURES, feature_rows(VERSION, pa.array(inputs), made, no_residual, no_implicit))
 
@@ -141,7 +141,7 @@ def test_an_input_that_came_and_was_learnt_between_two_looks_is_there_once(table
     every = view.ids(range(len(view.rows)))
     assert Counter(every) == Counter(["x0", "x1", "new"])
     assert view.ids(view.best(view.unknown_weights, 1)) == ["new"]
-    assert view.rows_of(["new"]).rows[0, -1] > MEAN_LABEL + 8
+    assert view.rows_of(["new"]).rows[0, -1] > MU + 8
 
 
 @pytest.mark.parametrize("table", [FEATURES, USERS, INPUTS])

@@ -89,7 +89,7 @@ def known(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, model: 
     tables = Tables(spark, str(tmp_path_factory.mktemp("known")))
     random = np.random.default_rng(11)
     mean, covariance = random.normal(size=(10, D)) / 2, gaussian.pack(np.stack([spd(random) / 9 for _ in INPUTS]))
-    features = Features.of(mean, covariance, model.mean_label)
+    features = Features.of(mean, covariance, model.mu)
     rows = feature_rows(1, pa.array(INPUTS), features, np.zeros((10, D)), np.zeros((10, 0)))
     tables.append(schema.FEATURES, spark.createDataFrame(rows))
     a, b = gaussian.pack(np.stack([spd(random) * 5 for _ in USERS])), random.normal(size=(8, D))

@@ -129,7 +129,7 @@ def test_a_weight_counts_as_that_many_events(spark: SparkSession) -> None:
     fitted = OracleMTL(**once, weightCol="c").fit(spark.createDataFrame(rows))
     # The noise is per event, so of twice as many it is another one: compare what does not depend on it.
     twice = np.average(np.concatenate([rows.rating, rows.rating[rows.c == 2]]))
-    assert fitted._fitted.model.mean_label == pytest.approx(twice, rel=1e-12)
+    assert fitted._fitted.model.mu == pytest.approx(twice, rel=1e-12)
     assert abs(rows.rating.mean() - twice) > 1e-6
     wanted = rows.groupby("user").c.sum()
     counted = {row.user_id: row.a[0] for row in fitted._fitted.users.collect()}  # Σ c φ₀², φ₀ = 1

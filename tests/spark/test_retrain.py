@@ -188,7 +188,7 @@ def test_the_first_version_is_live_and_reports_what_it_did(trained: Trained) -> 
     assert model.status == schema.LIVE
     assert (model.form, model.loss, model.noise) == (Form(2), "squared", report["noise"])
     assert (model.label_min, model.label_max) == (PROBLEM.label.min(), PROBLEM.label.max())
-    assert model.mean_label == pytest.approx(PROBLEM.mean_label)
+    assert model.mu == pytest.approx(PROBLEM.mean_label)
     assert model.events_version == trained.tables.version(EVENTS)
 
 
@@ -229,7 +229,7 @@ def test_features_are_what_the_stored_model_says_of_an_input_and_the_residual(tr
     rows = [ids.index("x15"), ids.index("x16")]
     said = model.input_basis(known) + residual[rows]
     np.testing.assert_allclose(features.phi[rows, 1:], said[:, 1:], atol=1e-9)
-    np.testing.assert_allclose(features.offset[rows], said[:, 0] + model.mean_label, atol=1e-9)
+    np.testing.assert_allclose(features.offset[rows], said[:, 0] + model.mu, atol=1e-9)
 
 
 def test_a_user_without_attributes_or_events_has_one_prior_mean_wherever_it_is_asked(trained: Trained) -> None:
@@ -311,7 +311,7 @@ def test_a_black_box_trains_and_its_stored_functions_predict_the_same(
     i = ids.index("x16")
     np.testing.assert_allclose(residual[i], 0, atol=1e-9)
     np.testing.assert_allclose(model.input_basis(known)[0, 1:], features.phi[i, 1:], atol=1e-9)
-    np.testing.assert_allclose(model.input_basis(known)[0, 0] + model.mean_label, features.offset[i], atol=1e-9)
+    np.testing.assert_allclose(model.input_basis(known)[0, 0] + model.mu, features.offset[i], atol=1e-9)
     again = load_model(tables, model.version).features_of_new(known.assign(year=2024.0))
     np.testing.assert_array_equal(again.phi, model.features_of_new(known.assign(year=2024.0)).phi)
 

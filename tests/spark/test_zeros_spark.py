@@ -66,7 +66,7 @@ def test_users_and_stream_keep_plain_sums_and_weights_that_know_the_zeros(tables
     model = load_model(tables)
     of_events = PROBLEM.weight[:TRAINED].sum()
     users, inputs = tables.read(USERS).count(), 13
-    assert model.mean_label == pytest.approx(of_events / (of_events + ZERO_WEIGHT * users * inputs))
+    assert model.mu == pytest.approx(of_events / (of_events + ZERO_WEIGHT * users * inputs))
     assert (model.label_min, model.label_max) == (0, 1)
 
     zeros = zeros_of(tables, model)

@@ -14,8 +14,9 @@ from mtl.tables import Tables
 DESCRIPTION = """\
 Erase whole users or single events from all tables and from the users of every model version, or correct events.
 
-Stop the update job first and start it again afterwards; this job runs every version's stream to its end itself. If it is
-interrupted, run it again: what was begun is finished first, also without --user, --event, --file and --correct.
+Stop the update job and the ingest stream first and start them again afterwards; this job runs every version's stream to
+its end itself. If it is interrupted, run it again: what was begun is finished first, also without --user, --event, --file and
+--correct.
 
 The JSON says what was removed where, and still_in what it cannot remove: the sources that the rows came from (ingested again,
 they come back), old versions of the tables until VACUUM may remove their files, and the versions whose shared part

@@ -16,7 +16,8 @@ Nothing is written, and no Spark is started.
 
 The log has a row a decision: input_id (what was chosen), propensity, reward. DR takes the columns predicted and expected
 (a model's reward of what was chosen, and of what the policy would choose) where the log has them, else the mean
-reward of every input over other decisions."""
+reward of every input over other decisions, which needs the policy's chance of every input: uniform, or a file of
+chances. By column:NAME alone there is no DR."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -140,8 +140,7 @@ def write_attributes(tables: Tables, offered: OfferedAttributes) -> AttributeRep
             F.lit(plan.batch).alias(BATCH),
             F.current_timestamp().alias(CREATED_AT),
         )
-        with tables.once(f"ingest-{offered.table}-{plan.batch}", 0):
-            tables.append(QUARANTINE, refused)
+        tables.append(QUARANTINE, refused, once=(f"ingest-{offered.table}-{plan.batch}", 0))
     log.info("ingest: %s: %s", offered.source, report)
     return report
 

@@ -76,7 +76,7 @@ def _ingest_adds_up(tables: Tables) -> Check:
     written = {
         name: tables.read(table)
         .select(BATCH, F.lit(1).alias(name))
-        .unionAll(erased.select(BATCH, -F.coalesce(F.col(count), F.lit(0))))
+        .unionAll(erased.where(F.col(count).isNotNull()).select(BATCH, -F.col(count)))
         .groupBy(BATCH)
         .agg(F.sum(name).alias(name))
         for name, table, count in (

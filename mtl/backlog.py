@@ -32,7 +32,7 @@ def lag(tables: Tables, consumed: int) -> dict[str, int]:
     return dict(zip(FIGURES, (value or 0 for value in row), strict=True))
 
 
-def waiting(tables: Tables, version: int) -> DataFrame:
+def unreleased(tables: Tables, version: int) -> DataFrame:
     """A version's events whose input is not known yet."""
     rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version)
     return rows.where(F.col(schema.RELEASED).isNull())

@@ -399,7 +399,8 @@ def _explain(error: ValidationError) -> str:
             reasons[f"unknown setting {key!r}"] = [f"did you mean {nearest[0]!r}?"]
         else:
             # A union reports each of its members: one mistake, several remedies.
-            remedies = reasons.setdefault(f"setting {key} = {mistake['input']!r}", [])
+            value = "(not shown)" if _type_of(path[0], path[-1]) is SecretStr else repr(mistake["input"])
+            remedies = reasons.setdefault(f"setting {key} = {value}", [])
             remedies.append(mistake["msg"][0].lower() + mistake["msg"][1:])
     return "; ".join(
         f"{mistake}: " + " or ".join(dict.fromkeys(remedies)).replace(" or input should be ", " or ")

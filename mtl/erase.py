@@ -44,6 +44,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.arrivals import unlearnt
+from mtl.batches import open_batches, recover
 from mtl.config import Settings
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_events
@@ -52,9 +53,9 @@ from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, offered_events, text_id
-from mtl.read import match, open_file, quoted
+from mtl.read import MALFORMED, match, open_file, quoted
 from mtl.rebuild import applied, at_once, rebuilt
-from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, REASON, SOURCE, USER_ID
+from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, RAW, REASON, SOURCE, USER_ID
 from mtl.stream import Stream
 from mtl.tables import Tables
 from mtl.users import WRITTEN
@@ -109,7 +110,7 @@ def erase(
 
     Raises:
         InputError: nothing is asked for, two things at once, or the file is no list of ids or of valid, known events.
-        StateError: another process updates a model version.
+        StateError: another process updates a model version, or ingests.
         ReplayError: the stream of a model version cannot be run to its end; its message says how to recover.
     """
     asked = [what for what in (users, events, file, correct) if what]
@@ -132,9 +133,21 @@ def erase(
     for pending, report in finished.items():
         if (pending.key, set(pending.ids)) == (request.key, set(request.ids)) or not request.ids:
             return {**report, "finished": done}
+    _refuse_open_batches(tables, settings)
     if not request.ids:
         return {"erasure_id": None, "asked": 0, "finished": done}
     return {**_finish(tables, settings, request), "finished": done}
+
+
+def _refuse_open_batches(tables: Tables, settings: Settings) -> None:
+    """An ingest that died is counted by the rows that it left: they must still be there when it is."""
+    recover(tables, settings.ingest.recover_after_minutes)
+    left = open_batches(tables, "")
+    if left:
+        raise StateError(
+            f"{len(left)} batches of ingest are not closed, the first {left[0].name}: an ingest is at work, or died. Let it end; "
+            "or run jobs/ingest.py again, for a stream with its own source, for files ingest.recover_after_minutes later"
+        )
 
 
 def _ids(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -145,11 +158,16 @@ def _ids(tables: Tables, settings: Settings, path: str, columns: Mapping[str, st
             f"{path}: give one column, {USER_ID} of whole users or {EVENT_ID} of single events, not {found or 'none'}"
         )
     ((key, theirs),) = found.items()
-    ids = source.rows.select(text_id(quoted(theirs), source.kind(theirs)).alias(key)).distinct()
-    known = [row[0] for row in ids.where(F.col(key).isNotNull()).collect()]
-    if not known:
+    identity = F.when(F.col(MALFORMED).isNull(), text_id(quoted(theirs), source.kind(theirs)))
+    rows = source.rows.select(identity.alias(key), F.when(identity.isNull(), source.raw()).alias(RAW)).collect()
+    if not rows:
         raise InputError(f"{path}: there is no {key} in it")
-    return key, known
+    unread = [row[RAW] for row in rows if row[key] is None]
+    if unread:
+        raise InputError(
+            f"{path}: {len(unread)} of {len(rows)} rows have no {key}; nothing was erased; the first: {unread[0]}"
+        )
+    return key, list(dict.fromkeys(row[key] for row in rows))
 
 
 def _correction(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> Erasure:

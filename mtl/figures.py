@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Okabe and Ito's colours, which people see apart whatever their colour vision; a marker beside each.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+_FEW = 12  # places on an axis that are all named
 _STYLES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"), (GREY, "D", "-."))
 
 
@@ -103,7 +104,7 @@ def plot_curves(
 
     Args:
         x, y: what the axes are, with their units.
-        x_log: the x axis is logarithmic.
+        x_log: the x axis is logarithmic, from 1 on where there is a 0.
         mark: a point of note (x, y) and what is said of it.
         ticks: what x = 0, 1, … are called, where they are no numbers.
     """
@@ -113,10 +114,14 @@ def plot_curves(
             axes.plot(curve.x, curve.y, color=colour, marker=marker, markevery=every, linestyle=line, label=name)
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        places = sorted({x for curve in curves.values() for x in curve.x})
         if x_log:
-            axes.set_xscale("log")
+            axes.set_xscale("log") if places[0] else axes.set_xscale("symlog", linthresh=1)
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
+        elif x_log and len(places) <= _FEW:
+            axes.set_xticks(places, [f"{place:,g}" for place in places])
+            axes.set_xticks([], minor=True)
         elif not x_log:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if mark:

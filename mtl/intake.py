@@ -43,7 +43,7 @@ from mtl import schema
 from mtl.batches import Batch, IngestReport, close, count_rows, counts, open_batches, plan, recover
 from mtl.checkpoint import Checkpoint
 from mtl.config import Settings
-from mtl.errors import ConfigError, MtlError, ReplayError
+from mtl.errors import ConfigError, MtlError, ReplayError, StateError
 from mtl.gate import Gate
 from mtl.ingest import distinct_events, merge_events, quarantine
 from mtl.known import KnownEvents
@@ -169,7 +169,12 @@ class Intake:
         return count_rows(self.tables, EVENTS, batch.name)
 
     def _close(self, batch: Batch, report: IngestReport, marks: Mapping[str, str]) -> None:
-        close(self.tables, batch, report, self.source.name, schema.DONE, **marks)
+        if close(self.tables, batch, report, self.source.name, schema.DONE, **marks) == schema.ABANDONED:
+            raise StateError(
+                f"batch {batch.number} of {self.checkpoint.folder} was abandoned meanwhile by another ingest stream on these "
+                f"tables, which have one stream at a time: its {report.quarantined} refused rows are not in the quarantine. "
+                f"Stop the other. {_ADVICE}"
+            )
 
     def _offsets(self, number: int) -> str:
         """Where the batch begins and ends in the source, as Spark wrote it before the batch."""
@@ -252,6 +257,7 @@ def checkpoint_of(tables: Tables, settings: Settings, source: Source) -> str:
 
 def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.Event) -> None:
     seconds = intake.settings.source.trigger_seconds
+    intake.gate = Gate()  # the last run closed its own
     writer = rows.writeStream.foreachBatch(intake.apply).option("checkpointLocation", intake.checkpoint.folder)
     writer = writer.trigger(availableNow=True) if available_now else writer.trigger(processingTime=f"{seconds} seconds")
     query = writer.queryName(f"ingest-{intake.source.slug}").start()

@@ -107,7 +107,8 @@ class KnownEvents:
         n = count_rows(self.tables, EVENTS, batch.name)
         if n < len(new):
             return None
-        self._add(new)
+        if len(new):
+            self._add(new)
         return n
 
     def _append(self, events: DataFrame, batch: Batch) -> None:
@@ -115,7 +116,8 @@ class KnownEvents:
 
     def _add(self, keys: Keys) -> None:
         version = self.tables.version(EVENTS)
-        if self.version is not None and version == self.version + 1:  # else others wrote: the next refresh sees to it
+        # This append's alone; else others wrote, and the next refresh sees to it.
+        if self.version is not None and version == self.version + 1:
             self.ids.add(keys, {**self.ids.mark, "version": version})
             self.version = version
 

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -229,12 +229,17 @@ def is_remote(path: str) -> bool:
     return bool(_REMOTE.match(path))
 
 
+def _reader(spark: SparkSession, paths: list[str]) -> DataFrameReader:
+    """For local files by their names as they are: Spark would take [1] for a pattern."""
+    return spark.read.option("__globPaths__", str(any(map(is_remote, paths))).lower())
+
+
 def _parquet(spark: SparkSession, paths: list[str]) -> DataFrame:
     for file in (file for path in paths if not is_remote(path) for file in local_files(path)):
         parquet_shape(file)
     spark.conf.set(_NANOS_AS_LONG, "true")
     try:
-        rows = spark.read.option("mergeSchema", "true").parquet(*paths)
+        rows = _reader(spark, paths).option("mergeSchema", "true").parquet(*paths)
     finally:
         spark.conf.unset(_NANOS_AS_LONG)
     return rows.withColumn(MALFORMED, F.lit(None).cast("string"))
@@ -250,14 +255,14 @@ def _csv(spark: SparkSession, paths: list[str], settings: IngestSettings, texts:
         "columnNameOfCorruptRecord": MALFORMED,
     }
     # The typed pass looks at every value; the untyped one at the first line only.
-    schema = spark.read.options(**options).option("inferSchema", texts is not None).csv(paths).schema
+    schema = _reader(spark, paths).options(**options).option("inferSchema", texts is not None).csv(paths).schema
     if not schema.fields:
         raise InputError(f"{paths[0]}: the file is empty: a CSV file begins with a header line")
-    return spark.read.options(**options).schema(_with_texts(schema, texts)).csv(paths)
+    return _reader(spark, paths).options(**options).schema(_with_texts(schema, texts)).csv(paths)
 
 
 def _jsonl(spark: SparkSession, paths: list[str], texts: Collection[str] | None) -> DataFrame:
-    reader = spark.read.option("columnNameOfCorruptRecord", MALFORMED)
+    reader = _reader(spark, paths).option("columnNameOfCorruptRecord", MALFORMED)
     schema = reader.option("primitivesAsString", texts is None).json(paths).schema
     if not [name for name in schema.names if name != MALFORMED]:
         raise InputError(f"{paths[0]}: there is no row: a JSON-lines file has one JSON object on each line")

@@ -27,7 +27,7 @@ WEIGHT = "weight"
 CONTEXT = "context"  # of an event: JSON object of its contexts' values, by name in order; null where there are none
 EVENT_TIME = "event_time"
 SOURCE = "source"  # the file or stream that offered the row
-BATCH = "batch"  # the ingest batch or update batch that wrote the row
+BATCH = "batch"  # the ingest batch that wrote the row
 LARGEST = 1e12  # label, weight and offset of an event: of larger ones nothing else is left in a sum
 LARGEST_EXPONENT = 100.0  # offset where h is an exponent, as under logistic and Poisson loss
 
@@ -214,7 +214,7 @@ SCHEMAS: dict[str, T.StructType] = {
         (N_EVENTS, T.LongType()),
         (REFERENCE_TIME, T.TimestampType()),
     ),
-    # Events of the update stream whose input is not known yet: BATCH is the batch that set them aside,
+    # Events of the update stream whose input is not known yet: BATCH_ID is the batch that set them aside,
     # RELEASED the batch that applied them.
     WAITING: _table(
         (MODEL_VERSION, T.LongType()),

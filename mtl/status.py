@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from mtl import schema
-from mtl.backlog import delays, lag, waiting
+from mtl.backlog import delays, lag, unreleased
 from mtl.batches import ingested
 from mtl.checkpoint import end_of
 from mtl.drift import Seen, weight_distance
@@ -108,7 +108,7 @@ def _of_version(tables: Tables, row: Row) -> dict[str, Any]:
         "loss": row[schema.LOSS],
         "batches": sums["batches"],
         "events_applied": sums["events"] or 0,
-        "waiting": waiting(tables, version).count() if tables.exists(schema.WAITING) else 0,
+        "waiting": unreleased(tables, version).count() if tables.exists(schema.WAITING) else 0,
         "last_batch": sums["last"].isoformat(timespec="seconds") if sums["last"] else None,
     }
     if row[schema.STATUS] in (schema.LIVE, schema.CANDIDATE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import ExitStack
 
 from pyspark.errors import StreamingQueryException
@@ -87,12 +88,13 @@ class Stream:
             self._raise()
         self.updater.release_if_inputs_came()
 
-    def drain(self) -> None:
-        """Apply all events there are, and waiting ones whose input is there."""
+    def drain(self, stop: threading.Event | None = None) -> None:
+        """Apply all events there are, and waiting ones whose input is there; or go on to the next when ``stop`` is set."""
         self._start({"availableNow": True})
         try:
-            if self.query:
-                self.query.awaitTermination()
+            while self.query and not self.query.awaitTermination(1):
+                if stop and stop.is_set():
+                    return  # to be closed
         except StreamingQueryException as error:
             raise self.updater.failure or error from error
         self.updater.release()
@@ -145,8 +147,10 @@ def folder_of(tables: Tables, settings: Settings, version: int) -> str:
     """The checkpoint folder of a version's query.
 
     Raises:
-        ConfigError: the tables are in a catalog or an object store, and no folder is set.
+        ConfigError: the tables are in a catalog or an object store and no folder is set, or one that is not local.
     """
+    if is_remote(settings.update.checkpoints):
+        raise ConfigError("update.checkpoints: name a local folder, which the driver can open")
     if settings.update.checkpoints:
         return f"{settings.update.checkpoints}/update-v{version}"
     if tables.in_catalog or is_remote(tables.root):

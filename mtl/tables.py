@@ -161,7 +161,7 @@ class Tables:
 
     @contextmanager
     def once(self, application: str, version: int) -> Iterator[None]:
-        """Every MERGE, update or delete inside happens at most once for (table, application, version).
+        """Every MERGE, update or delete inside happens at most once for (table, application, version); they take no option.
 
         Delta compares the pair in the same commit as the data, so a write repeated after a crash changes
         nothing. The session settings are removed on leaving: left set, they would silently drop the next

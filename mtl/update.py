@@ -41,7 +41,7 @@ def update(
     """Apply events to the users of the live version and its candidates, each from where it stopped.
 
     Args:
-        available_now: end when all events there are have been applied; else run until ``stop`` is set.
+        available_now: end when all events there are have been applied, and not only when ``stop`` is set.
         version: this version alone.
         from_ledger: give up the old checkpoint of ``version``, by default the live one's, and go on from the ledger.
 
@@ -59,7 +59,8 @@ def update(
     try:
         if from_ledger:
             fleet.start(model.version, from_ledger=True)
-        fleet.drain() if available_now else fleet.run(stop or threading.Event())
+        stop = stop or threading.Event()
+        fleet.drain(stop) if available_now else fleet.run(stop)
     finally:
         fleet.close()
     return {**fleet.report(version or models.live_version(tables)), "seconds": round(time.monotonic() - started, 3)}
@@ -80,6 +81,9 @@ class Fleet:
         self.streams: dict[int, Stream] = {}
         self.tallies: dict[int, dict[str, int]] = {}
         self.comparisons: dict[int, Comparison] = {}
+        self._compared: dict[
+            int, tuple[int, ...]
+        ] = {}  # batches of a candidate and of the live version, at the last comparison
         self.promoted: list[int] = []
         self._failed: dict[int, str] = {}  # candidates whose stream died: they hold nobody up
         self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops
@@ -97,13 +101,15 @@ class Fleet:
             log.info("update: model version %d is followed", version)
         return self.streams[version]
 
-    def drain(self) -> None:
+    def drain(self, stop: threading.Event) -> None:
         """Every stream to its end, the live one first; then the switch, if the policy says so."""
         for version in self._wanted():
             try:
-                self.start(version).drain()
+                self.start(version).drain(stop)
             except Exception as error:
                 self._take_down(version, error)
+            if stop.is_set():
+                return
         self._judge()
         self._care.look(self.streams, self.live)
 
@@ -185,7 +191,11 @@ class Fleet:
             head = self.tables.version(schema.EVENTS)
             if head - self.streams[version].consumed > policy.lag_commits:
                 continue
-            comparison = self.comparisons[version] = compare_versions(self.tables, version, self.live)
+            batches = tuple(self.streams[of].batches for of in (version, self.live))
+            if self._compared.get(version) != (*batches, self.live):
+                self.comparisons[version] = compare_versions(self.tables, version, self.live)
+                self._compared[version] = (*batches, self.live)
+            comparison = self.comparisons[version]
             verdict = comparison.verdict(policy)
             if policy.policy == "manual" or verdict == "wait":
                 continue

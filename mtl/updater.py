@@ -90,7 +90,7 @@ class Updater:
         self.gate = Gate()
         self.inputs = self._load_inputs()
         self.inputs_version: int | None = None  # the commit of inputs at the last release
-        self.interrupted = False  # the ledger's last batch may not be in users yet: nothing may overtake it
+        self.interrupted = False  # a batch was begun and may not be in users: nothing may overtake it
         self.recent = Progress.nothing(self.model.d)  # of the last batch
         self.users = UsersTable(self.tables, self.model.version, self.rewrite_above)
         measure = _progress_and_evidence if self.learn_arrivals else _progress
@@ -121,6 +121,7 @@ class Updater:
             try:
                 applied, waited = self._apply(batch, number)
             except Exception as error:
+                self.interrupted = True
                 self.failure = error  # the stream hands on only its text
                 raise
             finally:
@@ -172,8 +173,13 @@ class Updater:
             )
 
     def release(self) -> int:
-        """Apply the waiting events whose input has become known, after any release that died; how many they were."""
+        """Apply the waiting events whose input has become known, after any release that died; how many they were.
+
+        None while a batch is interrupted.
+        """
         with self.gate:
+            if self.interrupted:
+                return 0
             self._resume_release()
             inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
             unknown = self._know(inputs)
@@ -195,7 +201,8 @@ class Updater:
         version = self.tables.version(schema.INPUTS)
         if version != self.inputs_version and not self.interrupted:
             self.release()
-            self.inputs_version = version
+            if not self.interrupted:  # by a batch that it waited for
+                self.inputs_version = version
 
     def finish_release(self) -> None:
         """What a release that died left to do."""
@@ -205,7 +212,10 @@ class Updater:
     def resume(self) -> None:
         """What died in a former run comes before anything new: the ledger's order is the order of application."""
         self.finish_release()
-        last = self._ledger(self.application).agg(F.max(schema.BATCH_ID)).collect()[0][0]
+        own = F.col(schema.APPLICATION_ID) == self.application
+        aside = self._waiting().where(own).select(schema.BATCH_ID)  # before its row in the ledger
+        begun = self._ledger(self.application).select(schema.BATCH_ID).unionAll(aside)
+        last = begun.agg(F.max(schema.BATCH_ID)).first()[0]
         self.interrupted = last is not None and not self.checkpoint.has_committed(last)
 
     def _resume_release(self) -> None:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from pyspark.sql.streaming import StreamingQueryListener
 
 from mtl import models
-from mtl.backlog import lag, waiting
+from mtl.backlog import lag, unreleased
 from mtl.batches import ingested
 from mtl.drift import Seen, weight_distance
 from mtl.errors import ConfigError
@@ -117,6 +117,8 @@ class Watch(Collector):
             seconds = {**stream.updater.seconds, **self.listener.seconds.get(stream.name, {})}
             samples += [("batch_seconds", {**own, "phase": phase}, value) for phase, value in seconds.items()]
         for version, compared in fleet.comparisons.items():
+            if version not in candidates:
+                continue  # it was promoted or refused
             own = {"version": str(version)}
             samples.append(("compared_events", own, float(compared.n)))
             samples += [("compared_loss", {**own, "of": "candidate"}, compared.candidate)]
@@ -135,7 +137,7 @@ class Watch(Collector):
             "updated_users": float(updater.updated),
             "batch_events": float(n),
             "waiting_events": float(
-                self._now_and_then("waiting", version, _TABLES_EVERY, lambda: waiting(tables, version).count())
+                self._now_and_then("waiting", version, _TABLES_EVERY, lambda: unreleased(tables, version).count())
             ),
             **lag(tables, stream.consumed),
             **self.listener.rates.get(stream.name, {}),

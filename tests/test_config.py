@@ -197,6 +197,12 @@ def test_bad_value_is_named_with_what_would_be_right(assignment, shown):
     assert mistake(assignment).startswith(f"setting {shown}")
 
 
+def test_a_secret_of_the_wrong_type_is_not_shown(toml):
+    reason = mistake(files=[toml("[serve]\ntoken = 123456\n")])
+    assert reason.startswith("setting serve.token = (not shown): ")
+    assert "123456" not in reason
+
+
 def test_one_bad_value_is_one_reason():
     assert mistake("model.k=-1") == "setting model.k = -1: input should be 'auto' or greater than or equal to 0"
 

@@ -28,7 +28,9 @@ class About(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """For whom inputs are judged, and in what context."""
 
     user: str | int
-    user_attributes: Attributes | None = None  # of a user of whom the tables know nothing
+    user_attributes: Attributes | None = (
+        None  # of a user of whom the tables know nothing; what is observed adds to them
+    )
     offset: float = 0.0  # a known part of h
     context: Context = {}  # values of model.contexts
 
@@ -136,6 +138,7 @@ class TopAnswer(Stamp, kw_only=True, omit_defaults=True):
     scores: list[Score]
     user_known: bool = True
     incomplete_inputs: list[str] = []  # candidates whose features did not come by the deadline
+    rescored: bool = True  # false where serve.rescore failed or was late, and the order is the model's
 
 
 class Contribution(msgspec.Struct):

@@ -79,15 +79,15 @@ def estimate(
     if rows.empty:
         raise InputError(f"{decisions}: no decision has a reward")
     chances = chances_of(policy, rows, columns)
-    log = Log(rows[REWARD].to_numpy(float), rows[PROPENSITY].to_numpy(float), chances.chosen)
-    told = support(log)
-    own = Log(log.reward, log.propensity, log.propensity)
-    model = _reward_model(rows, chances)
+    acted = Log(rows[REWARD].to_numpy(float), rows[PROPENSITY].to_numpy(float), chances.chosen)
+    told = support(acted)
+    own = Log(acted.reward, acted.propensity, acted.propensity)
+    model = _reward_model(decisions, rows, chances)
     found = {
         "logged": ips(own, confidence),
-        "ips": ips(log, confidence),
-        "snips": snips(log, confidence),
-        "dr": doubly_robust(log, *model, confidence) if model else None,
+        "ips": ips(acted, confidence),
+        "snips": snips(acted, confidence),
+        "dr": doubly_robust(acted, *model, confidence) if model else None,
     }
     return {
         "decisions": n_all,
@@ -96,7 +96,7 @@ def estimate(
         "confidence": confidence,
         **{name: asdict(value) if isinstance(value, Estimate) else None for name, value in found.items()},
         "support": asdict(told),
-        "cautions": _cautions(told, log),
+        "cautions": _cautions(told, acted),
     }
 
 
@@ -143,6 +143,8 @@ def _chances_of_file(path: str, rows: pd.DataFrame, columns: Mapping[str, str]) 
     _require(chances, path, INPUT_ID, PROBABILITY)
     context = [name for name in chances.columns if name not in (INPUT_ID, PROBABILITY)]
     _require(rows, "the log", *context)
+    if chances.empty:
+        raise InputError(f"{path}: there is no row")
     keys = [*context, INPUT_ID]
     if (twice := chances.duplicated(keys)).any():
         raise InputError(f"{path}: {_shown(chances[twice], keys)} has more than one {PROBABILITY}")
@@ -168,9 +170,13 @@ def _chances_of_file(path: str, rows: pd.DataFrame, columns: Mapping[str, str]) 
     return Chances(action, len(names), table[there, action], table[there] if context else table[0])
 
 
-def _reward_model(rows: pd.DataFrame, chances: Chances) -> tuple[Array, Array] | None:
+def _reward_model(path: str, rows: pd.DataFrame, chances: Chances) -> tuple[Array, Array] | None:
     if {PREDICTED, EXPECTED} <= set(rows.columns):
-        return rows[PREDICTED].to_numpy(float), rows[EXPECTED].to_numpy(float)
+        predicted, expected = (_numbers(rows[name], path, name) for name in (PREDICTED, EXPECTED))
+        for values in (predicted, expected):
+            if (lacking := ~np.isfinite(values)).any():
+                raise InputError(f"{path}: row {int(lacking.argmax())} has no finite {values.name}")
+        return predicted.to_numpy(), expected.to_numpy()
     if chances.of_all is None:
         return None
     return mean_rewards(chances.action, rows[REWARD].to_numpy(float), chances.of_all)

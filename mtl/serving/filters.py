@@ -19,7 +19,7 @@ def matches(value: Any, wanted: Any) -> bool:
         return value is wanted
     if isinstance(value, float):
         return value == _number(wanted)
-    return value == _text(wanted)
+    return value == as_ingested(wanted)
 
 
 def _number(wanted: str | float | bool) -> float | None:
@@ -29,7 +29,8 @@ def _number(wanted: str | float | bool) -> float | None:
         return None
 
 
-def _text(wanted: str | float | bool) -> str:
-    if isinstance(wanted, bool):
-        return "true" if wanted else "false"
-    return str(int(wanted)) if isinstance(wanted, float) and wanted.is_integer() else str(wanted)
+def as_ingested(value: str | float | bool) -> str:
+    """The text that ingest makes of a value that is no number."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

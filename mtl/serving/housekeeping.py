@@ -12,7 +12,7 @@ import lmdb
 from mtl.config import ServeSettings
 from mtl.errors import MtlError
 from mtl.serving.observations import read, sealed
-from mtl.serving.overlay import Overlay, Status
+from mtl.serving.overlay import Overlay
 from mtl.serving.refresh import Refresher
 from mtl.serving.source import UNREADABLE, Source
 from mtl.serving.store import Store
@@ -55,7 +55,6 @@ def keep_like_the_tables(
                 is_expected = isinstance(error, (*UNREADABLE, MtlError, lmdb.MapFullError))
                 log.error("serve: the tables cannot be followed: %s", told, exc_info=not is_expected)
             failure, failures = told, failures + 1
-            _tell(overlay, told)
         if began - cleared > _CLEAR_SECONDS:
             try:
                 clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
@@ -67,13 +66,6 @@ def keep_like_the_tables(
             time.sleep(min(left, 0.2))
     store.close()
     overlay.close()
-
-
-def _tell(overlay: Overlay, failure: str) -> None:
-    try:
-        overlay.tell(Status(overlay.status().checked_at, failure))
-    except lmdb.Error as error:  # it may be what failed
-        log.error("serve: workers cannot be told of it: %s", error)
 
 
 def clear_old(store: Store, overlay: Overlay, log_folder: Path | None, seconds: float) -> int:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from mtl import gaussian
+from mtl.effects import of_one
 from mtl.serving import api, scorer
 from mtl.serving.api import Problem
 from mtl.serving.neighbours import Neighbours
@@ -41,7 +42,9 @@ class Inspection:
             in_time = await self.service.rows_in_time(view, [one], user, self.service.ends())
             rows, incomplete = in_time.rows, bool(in_time.incomplete)
             offset, features = float(rows[0, -1]), rows[0, :d].tolist()
-            score, std = (float(values[0]) for values in view.score(user, rows))
+            # As /v1/predict has it of an unnamed context.
+            in_context = scorer.moved(user, *of_one(None, {}, view.model.artefact.effects))
+            score, std = (float(values[0]) for values in view.score(in_context, rows))
         why = [
             api.Contribution(name, float(w), float(s), phi, None if phi is None else float(w) * phi)
             for name, w, s, phi in zip(view.basis, user.mean, deviations, features, strict=True)

@@ -120,10 +120,12 @@ class Observer:
                 if self.record is not None:
                     self.record.add(rows)
         offered = [(row, look_up) for row, look_up, _ in group if isinstance(row, Event)]
-        unknown = {row.event_id: row for row, _ in offered if not self.overlay.knows(row.event_id)}
+        unknown: dict[str, Event] = {}  # of an id that came twice at once the first, as in the overlay
+        for row, _ in offered:
+            if not self.overlay.knows(row.event_id):
+                unknown.setdefault(row.event_id, row)
         if unknown:
             self._events.append(list(unknown.values()))
-        # A row whose id came twice at once is in the log once, and new once.
         new = iter(self._insert(offered)) if offered else iter(())
         return [next(new) if isinstance(row, Event) else True for row, _, _ in group]
 

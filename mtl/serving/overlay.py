@@ -11,7 +11,7 @@ user at every read. It must count once at every moment of the hand-over, which t
 
 A reader opens this environment first, then the store, and counts e unless it is marked for the reader's model version with
 a cycle no later than that of the user's row: the row has it if and only if it does not count e, whichever of the commits
-it saw, and whoever died in between. A later cycle marks anew what an earlier one left.
+it saw, and whoever died in between. A later cycle marks anew what an earlier one left, but for what rows contain already.
 
 Nothing here is synced to disk: what it holds is in the log (:mod:`mtl.serving.observations`), which is. After a restart of
 the machine it is made from the log again.
@@ -50,7 +50,6 @@ class Status(msgspec.Struct):
     """What the refresher says of itself."""
 
     checked_at: float = 0.0  # when store and tables last agreed, seconds since 1970
-    failure: str = ""  # why they could not be compared since
 
 
 class Overlay:

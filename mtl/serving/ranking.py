@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mtl.config import ServeSettings
 from mtl.errors import ConfigError
+from mtl.gaussian import Array
 from mtl.serving import api
 from mtl.serving.scorer import Weights
 from mtl.serving.view import View
@@ -20,18 +22,49 @@ _INLINE = 200_000  # inputs that one look through them all holds nobody up
 _SLACK = 32  # candidates beyond k
 
 
+class Ranked(NamedTuple):
+    """Inputs that may be among the best, with what is predicted of them: (n,) each."""
+
+    ids: list[str]
+    scores: Array
+    stds: Array
+
+    def rescored(self, rescore: Rescore, user: str) -> Ranked:
+        """
+        Raises:
+            ValueError: there is not one finite score a candidate.
+        """
+        if not self.ids:
+            return self
+        scores = np.asarray(rescore(user, self.ids, self.scores.tolist(), self.stds.tolist()), float)
+        if scores.shape != (len(self.ids),) or not np.isfinite(scores).all():
+            raise ValueError(
+                f"{len(self.ids)} finite scores are wanted, one a candidate, and it gave shape {scores.shape}"
+            )
+        return self._replace(scores=scores)
+
+    def best(self, k: int) -> list[api.Score]:
+        order = np.argsort(-self.scores, kind="stable")[:k]
+        return [api.Score(self.ids[i], float(self.scores[i]), float(self.stds[i])) for i in order]
+
+
 def is_quick(view: View, request: api.TopRequest) -> bool:
     """Whether the best of all inputs are found without looking anything up."""
     return not (request.where or request.exclude_seen or request.exclude or len(view.rows) > _INLINE)
 
 
-def best_of_all(view: View, user: Weights, request: api.TopRequest, rescore: Rescore | None) -> list[api.Score]:
+def best_of_all(view: View, user: Weights, request: api.TopRequest) -> Ranked:
+    """The k best, and a few more: single precision and E[h] order almost as predictions do."""
     excluded = view.excluded(
         str(request.user) if request.exclude_seen else None, list(map(str, request.exclude)), request.where
     )
-    # A few more than k: single precision and E[h] order almost as predictions do.
     rows = view.best(user, request.k + _SLACK, excluded)
-    return ordered(view, user, request, view.ids(rows), view.rows.take(rows, 0), rescore)
+    return scored(view, user, view.ids(rows), view.rows.take(rows, 0))
+
+
+def scored(view: View, user: Weights, ids: list[str], rows: Array) -> Ranked:
+    """Inputs with their feature rows (n, width), scored for the user."""
+    return Ranked(ids, *view.score(user, rows))
 
 
 def wanted(view: View, request: api.TopRequest, candidates: Sequence[str | int]) -> list[str]:
@@ -40,21 +73,6 @@ def wanted(view: View, request: api.TopRequest, candidates: Sequence[str | int])
     if request.exclude_seen:
         drop |= set(view.ids(view.seen_rows(str(request.user))))
     return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and view.has(c, request.where)]
-
-
-def ordered(
-    view: View, user: Weights, request: api.TopRequest, ids: list[str], rows: np.ndarray, rescore: Rescore | None
-) -> list[api.Score]:
-    """The best k of inputs.
-
-    Args:
-        ids, rows: (n,) inputs and their feature rows.
-    """
-    scores, stds = view.score(user, rows)
-    if rescore is not None and ids:
-        scores = np.asarray(rescore(str(request.user), ids, scores.tolist(), stds.tolist()), float)
-    order = np.argsort(-scores, kind="stable")[: request.k]
-    return [api.Score(ids[i], float(scores[i]), float(stds[i])) for i in order]
 
 
 def rescore_of(settings: ServeSettings) -> Rescore | None:

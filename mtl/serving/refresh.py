@@ -34,6 +34,7 @@ from mtl.serving.takeover import GRACE_SECONDS, Takeover
 log = logging.getLogger("mtl")
 
 _CYCLE = "cycle"
+_LOADED = (MODELS, USERS, FEATURES, USER_ATTRIBUTES)  # tables that a version is loaded from
 _USER_COLUMNS = (USER_ID, schema.A, schema.B, schema.PRIOR_MEAN, schema.N_EVENTS)
 _TOLD = (
     schema.MODEL_VERSION,
@@ -100,6 +101,8 @@ class Refresher:
         changed |= self._read_attributes(before)
         row = self._live_row(before)
         if row is not None and (live is None or row[schema.MODEL_VERSION] != live.model_version):
+            if live is None:  # what came before all of this may be in these users
+                self.takeover.ask(self.takeover.not_landed())
             self._load(row, before)
             if live is None:
                 self.history.read(before.get(EVENTS, -1), self._commits.get(EVENTS, -1))
@@ -155,7 +158,7 @@ class Refresher:
         self._load_users(model, cycle)
         if (covered := self.takeover.coverage(model, self._commits[USERS], self._commits.get(EVENTS, -1))) is not None:
             self.takeover.mark(covered, cycle, None)
-        commits = {name: self._commits[name] for name in (MODELS, USERS, FEATURES) if name in self._commits}
+        commits = {name: self._commits[name] for name in _LOADED if name in self._commits}
         self.store.write_live(replace(live, switched_at=time.time()), **commits)
         self._model = model
         log.info("serve: model version %d is shown, %d inputs", version, live.n_inputs)
@@ -286,6 +289,8 @@ class Refresher:
     def _follow_files_of_users(self, model: Model, before: dict[str, int], covered: Coverage | None) -> bool:
         files = list(self.source.added(USERS, before.get(USERS, -1), self._commits[USERS], model.version))
         if not files:
+            if covered is not None:
+                self.takeover.mark(covered, 0, set())
             return False
         last = _last_with(self.source.rows(USERS, file, [USER_ID])[USER_ID].to_pylist() for file in files)
         cycle = self._begin_cycle(before)

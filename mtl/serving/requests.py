@@ -14,6 +14,7 @@ from mtl.losses import Loss
 from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import api
 from mtl.serving.api import Problem
+from mtl.serving.filters import as_ingested
 from mtl.serving.observations import Event, Feedback
 
 MAX_ID = 1000  # characters
@@ -86,8 +87,13 @@ def flag_of(query: Mapping[str, str], name: str) -> bool:
 
 def pairs_of(query: Mapping[str, str], name: str) -> list[tuple[str, str]]:
     """Pairs of ``name:value,…``."""
-    parts = (part.partition(":") for part in query.get(name, "").split(","))
-    return [(before, after) for before, colon, after in parts if colon]
+    parts = [part.partition(":") for part in filter(None, query.get(name, "").split(","))]
+    for before, colon, _ in parts:
+        if not colon or not before or [other for other, _, _ in parts].count(before) > 1:
+            raise Problem(
+                422, "bad_query", f"{name}: write name:value,… with every name once; values with a comma go in a POST"
+            )
+    return [(before, after) for before, _, after in parts]
 
 
 def k_of(query: Mapping[str, str], most: int) -> int:
@@ -122,13 +128,7 @@ def context_of(given: Mapping[str, str | float | bool], contexts: Sequence[str])
         if name not in contexts:
             there = ", ".join(contexts) or "none"
             raise Problem(422, "bad_context", f"unknown context {name[:40]!r}; the model has: {there}")
-    return {name: _text(value) for name, value in given.items()}
-
-
-def _text(value: str | float | bool) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return {name: as_ingested(value) for name, value in given.items()}
 
 
 def event_of(request: api.ObserveRequest, loss: Loss, contexts: Sequence[str]) -> Event:

@@ -67,9 +67,11 @@ def moved(user: Weights, mean: float, variance: float) -> Weights:
 
 
 def covariance_of(user: Weights) -> Array:
-    """The packed covariance (d(d+1)/2,)."""
+    """The packed covariance (d(d+1)/2,): definite also where a large mean leaves only rounding of the difference."""
     d = len(user.mean)
-    return user.quadratic[: gaussian.packed_length(d)] / _twice(d) - gaussian.outer(user.mean[None])[0]
+    covariance = user.quadratic[: gaussian.packed_length(d)] / _twice(d) - gaussian.outer(user.mean[None])[0]
+    covariance[_twice(d) == 1.0] += 4 * d * np.finfo(float).eps * user.mean**2  # more than an entry is off by, d times
+    return covariance
 
 
 def belief(rows: Array, user: Weights) -> tuple[Array, Array]:

@@ -154,6 +154,8 @@ class Supervisor:
                             starting.discard(name)
                             if not starting:
                                 self._tell(workers)
+                    elif ready is wake:
+                        wake.recv_bytes()
                     elif ready in sentinels and not self._stopped:
                         self._restart(sentinels[ready], work)
         finally:
@@ -200,6 +202,9 @@ class Supervisor:
 
 def run_worker(settings: Settings, folders: Folders, listener: socket.socket, tell: Connection, parent: int) -> None:
     """Answer requests until SIGTERM, or until the supervisor is gone."""
+    # Until the loop has its own handlers: the supervisor's, which a fork has too, would tell it of our signals.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)  # workers are as many as cores
     asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())
 

@@ -26,7 +26,7 @@ from mtl.serving.evaluator import EncodingError
 from mtl.serving.observations import Choice, Event, Feedback
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay
-from mtl.serving.ranking import Rescore
+from mtl.serving.ranking import Ranked, Rescore
 from mtl.serving.requests import (
     BATCH,
     CHOOSE,
@@ -54,6 +54,7 @@ MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
 _LONGEST_MS = 60_000.0  # of a deadline
 _RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
 _EVALUATORS = 32  # threads, which wait for functions and run none
+_RESCORERS = 4  # threads, which may hang
 
 Result = TypeVar("Result")
 
@@ -77,6 +78,9 @@ class Service:
     # Of its own: who waits for feature functions must not keep others from a thread.
     _evaluators: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_EVALUATORS, "evaluate"), init=False
+    )
+    _rescorers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_RESCORERS, "rescore"), init=False
     )
 
     def __post_init__(self) -> None:
@@ -114,24 +118,24 @@ class Service:
 
     def predict(self, body: bytes) -> bytes | Coroutine[Any, Any, bytes]:
         """The answer, or where features are to be computed a coroutine of it."""
-        request = decode(PREDICT, body)
-        answer = self._at_once(request)
-        return self._encoded(request) if answer is None else _encode(answer)
+        request, view = decode(PREDICT, body), self.shown()
+        answer = self._at_once(request, view)
+        return self._encoded(request, view) if answer is None else _encode(answer)
 
-    async def _encoded(self, request: api.PredictRequest) -> bytes:
-        return _encode(await self._predict(request))
+    async def _encoded(self, request: api.PredictRequest, view: View) -> bytes:
+        return _encode(await self._predict(request, view))
 
     async def predict_batch(self, body: bytes) -> bytes:
         request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
             raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        ends = self.ends(request.deadline_ms)
-        answers = [self._at_once(one) or await self._predict(one, ends) for one in request.requests]
+        view, ends = self.shown(), self.ends(request.deadline_ms)
+        answers = [self._at_once(one, view) or await self._predict(one, view, ends) for one in request.requests]
         return _encode(api.BatchAnswer(answers))
 
-    def _at_once(self, request: api.PredictRequest) -> api.PredictAnswer | None:
+    def _at_once(self, request: api.PredictRequest, live: View) -> api.PredictAnswer | None:
         """The answer where all inputs have features."""
-        view, given = self._view_for(request), request.inputs
+        view, given = self._view_for(request, live), request.inputs
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
         rows = view.gather(given)
@@ -140,9 +144,9 @@ class Service:
         user, user_known = self._weights(view, request)
         return self._answer(view, user_known, given, *view.score(user, rows))
 
-    async def _predict(self, request: api.PredictRequest, ends: float | None = None) -> api.PredictAnswer:
+    async def _predict(self, request: api.PredictRequest, live: View, ends: float | None = None) -> api.PredictAnswer:
         """The answer where features of some inputs are to be computed."""
-        view = self._view_for(request)
+        view = self._view_for(request, live)
         user, user_known = self._weights(view, request)
         own = self.ends(request.deadline_ms)
         ends = own if ends is None else min(ends, own)
@@ -220,30 +224,44 @@ class Service:
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
-        view = self._view_for(request)
+        view, ends = self._view_for(request, self.shown()), self.ends()
         user, known = self._weights(view, request)
         work, incomplete = asyncio.get_running_loop().run_in_executor, list[str]()
         if request.candidates is not None:
             if len(request.candidates) > self.settings.max_inputs:
                 raise too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
-            ends = self.ends()
             ids = await work(None, ranking.wanted, view, request, request.candidates)
             found = await self.rows_in_time(view, ids, user, ends)
-            chosen = await work(None, ranking.ordered, view, user, request, ids, found.rows, self.rescore)
+            ranked = await work(None, ranking.scored, view, user, ids, found.rows)
             incomplete = [ids[place] for place in found.incomplete]
         elif ranking.is_quick(view, request):
-            chosen = ranking.best_of_all(view, user, request, self.rescore)
+            ranked = ranking.best_of_all(view, user, request)
         else:
-            chosen = await work(None, ranking.best_of_all, view, user, request, self.rescore)
+            ranked = await work(None, ranking.best_of_all, view, user, request)
+        rescored = await self._rescored(ranked, str(request.user), ends)
         return _encode(
             api.TopAnswer(
-                scores=chosen,
+                scores=(rescored or ranked).best(request.k),
+                rescored=rescored is not None,
                 model_version=view.version,
                 staleness_s=self.staleness,
                 user_known=known,
                 incomplete_inputs=incomplete,
             )
         )
+
+    async def _rescored(self, ranked: Ranked, user: str, ends: float) -> Ranked | None:
+        """With the scores of ``serve.rescore``, where there is one; None where that fails, or has not answered in time."""
+        if self.rescore is None:
+            return ranked
+        doing = asyncio.get_running_loop().run_in_executor(self._rescorers, ranked.rescored, self.rescore, user)
+        try:
+            return await asyncio.wait_for(doing, max(0.0, ends - _RESERVE - time.monotonic()))
+        except asyncio.TimeoutError:
+            return None
+        except Exception as error:
+            log.error("serve: serve.rescore failed: %s: %s", type(error).__name__, error)
+            return None
 
     # Exploring.
 
@@ -323,21 +341,20 @@ class Service:
             raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
         return self.view
 
-    def _view_for(self, about: api.About) -> View:
+    def _view_for(self, about: api.About, live: View) -> View:
         """Of the version that answers where nothing is decided."""
-        view = self.view or self.shown()
-        return view if self.contest is None else self.contest.assigned(view, identity_of("user", about.user))
+        return live if self.contest is None else self.contest.assigned(live, identity_of("user", about.user))
 
     def _weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
         """The user's weights, with what else is in h of the request; and whether the user is known."""
         user, attributes = about.user, about.user_attributes
-        found = view.weights_of(user if isinstance(user, str) else str(user))
-        is_known = found is not None
-        if found is None:
-            try:
+        try:
+            found = view.weights_of(user if isinstance(user, str) else str(user), attributes)
+            is_known = found is not None
+            if found is None:
                 found = view.weights_of_described(attributes) if attributes else view.unknown_weights
-            except EncodingError as error:
-                raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
+        except EncodingError as error:
+            raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
         if about.offset or about.context or view.model.artefact.effects:
             context = context_of(about.context, view.model.contexts)
             found = scorer.moved(

@@ -2,8 +2,8 @@
 
 Written by the refresher alone, durably; read by every worker. A reader's transaction sees one state. Keys of users and
 inputs begin with the model version, so that another version is loaded beside the live one and shown by one small write
-(:meth:`Store.write_live`). Features of a version only grow: rows are appended to its file, and the number of rows that
-count is in the environment.
+(:meth:`Store.write_live`). Rows of features are appended to a version's file, whose number of rows that count is in the
+environment; those of inputs that were learnt anew are overwritten where they are.
 """
 
 from __future__ import annotations
@@ -145,10 +145,6 @@ class Store:
         """Whether an observation is known to be in its user's row."""
         with self.reading() as transaction:
             return transaction.get(digest(event_id), db=self._db[b"confirmed"]) is not None
-
-    def n_users(self) -> int:
-        with self.reading() as transaction:
-            return transaction.stat(db=self._db[b"users"])["entries"]
 
     # What the refresher writes.
 

@@ -123,20 +123,23 @@ class Takeover:
         landed = {key: pending for key, pending in self.overlay.every().items() if pending.landed is not None}
         ids = {pending.event.event_id for pending in landed.values()}
         aside = set_aside(self.source, covered.model_version, ids) if ids else {}
-        marked = {}
-        for key, pending in landed.items():
-            event = pending.event.event_id
-            assert pending.landed is not None
-            if covered.contains(pending.landed, aside.get(event), event in aside):
-                is_written = (changed is None or key[:DIGEST_BYTES] in changed) and pending.landed != NOWHERE
-                pending.covered = (covered.model_version, cycle if is_written else 0)
-                marked[key] = pending
+        marked, version = {}, covered.model_version
+        with self.store.reading() as transaction:
+            for key, pending in landed.items():
+                event, user = pending.event.event_id, key[:DIGEST_BYTES]
+                assert pending.landed is not None
+                if is_covered(pending, version, self.store.user(transaction, prefix(version), user)):
+                    continue  # with a later cycle it would count again until that cycle's row is there
+                if covered.contains(pending.landed, aside.get(event), event in aside):
+                    is_written = (changed is None or user in changed) and pending.landed != NOWHERE
+                    pending.covered = (version, cycle if is_written else 0)
+                    marked[key] = pending
         if marked:
             self._is_marked = True
             self.overlay.write(marked)
 
     def delete_covered(self) -> None:
-        """Observations whose user's row in the store contains them."""
+        """Observations whose user's row in the store contains them, or whose user was erased with them."""
         if not self._is_marked or not self.overlay.n_pending():
             return
         pending, done = self.overlay.every(), []
@@ -147,7 +150,7 @@ class Takeover:
             for key, observation in pending.items():
                 if observation.covered is not None and observation.covered[0] == live.model_version:
                     record = self.store.user(transaction, prefix(live.model_version), key[:DIGEST_BYTES])
-                    if is_covered(observation, live.model_version, record):
+                    if record is None or is_covered(observation, live.model_version, record):
                         done.append(key)
         if done:
             self.store.confirm((pending[key].event.event_id for key in done), time.time())

@@ -154,15 +154,23 @@ class View:
 
     # Users.
 
-    def weights_of(self, user: str) -> Weights | None:
-        """What is believed of a user now, observations included; None where nothing is known of the user."""
+    def weights_of(self, user: str, attributes: Attributes | None = None) -> Weights | None:
+        """What is believed of a user now, observations included; None where nothing is known of the user.
+
+        Args:
+            attributes: of a user of whom the tables know nothing: what the observations are added to.
+
+        Raises:
+            EncodingError: attributes that the model's encodings cannot take.
+        """
         key = digest(user)
         # In this order: see mtl.serving.overlay.
         with self.overlay.reading() as observed, self.store.reading() as stored:
             revision = self.overlay.revision(observed, key)
             record = self.store.user(stored, self._prefix, key)
             if revision is not None:
-                return self._with_observations(user, key, revision, record, observed)
+                before = self.weights_of_described(attributes) if attributes and record is None else None
+                return self._with_observations(user, key, revision, record, observed, before)
             # The store's pages are its own again when the transaction ends.
             return None if record is None else self._weights_in(bytes(record))
 
@@ -171,17 +179,24 @@ class View:
         return Weights(mean, quadratic, n_events) if len(quadratic) else self._without_events(mean)
 
     def _with_observations(
-        self, user: str, key: bytes, revision: bytes, record: Any, observed: lmdb.Transaction
+        self,
+        user: str,
+        key: bytes,
+        revision: bytes,
+        record: Any,
+        observed: lmdb.Transaction,
+        described: Weights | None,
     ) -> Weights:
-        """The user's row and what was observed since; kept until either changes."""
+        """The user's row and what was observed since, kept until either changes; or that beside what a request describes."""
         state = (revision, None if record is None else cycle_of(record))
         kept = self._observed.get(user)
-        if kept is not None and kept[0] == state:
+        if kept is not None and kept[0] == state and described is None:
             return kept[1]
-        before = self.unknown_weights if record is None else self._weights_in(bytes(record))
+        before = described or (self.unknown_weights if record is None else self._weights_in(bytes(record)))
         pending = [p for p in self.overlay.pending(observed, key) if not is_covered(p, self.version, record)]
         weights = self._after(before, pending) if pending else before
-        if weights.n_events == before.n_events + len(pending):  # else one waits for its input, which may come any time
+        # Else one waits for its input, which may come any time.
+        if described is None and weights.n_events == before.n_events + len(pending):
             if len(self._observed) >= self.users_cached:
                 self._observed.clear()
             self._observed[user] = state, weights
@@ -340,15 +355,17 @@ class View:
         """Rows of the inputs that lack an attribute; looked through once for what is asked for, until attributes change."""
         with self.store.reading() as transaction:
             key = (name, repr(value), self.store.versions(transaction).get(INPUTS, -1))
-        if key not in self._lacking:
-            if len(self._lacking) >= _FILTERS:
-                self._lacking.clear()
+        lacking = self._lacking.get(key)
+        if lacking is None:
             rows = np.arange(len(self.rows))
             with self.store.reading() as transaction:
                 found = (self.store.attributes(transaction, one) for one in self.ids(rows))
                 has = np.fromiter((matches((a or {}).get(name), value) for a in found), bool, len(rows))
-            self._lacking[key] = np.flatnonzero(~has)
-        return self._lacking[key]
+            lacking = np.flatnonzero(~has)
+            if len(self._lacking) >= _FILTERS:
+                self._lacking.clear()
+            self._lacking[key] = lacking
+        return lacking
 
     @property
     def basis(self) -> list[str]:

@@ -65,7 +65,6 @@ def main() -> None:
             "Users in the pool: MovieLens-100K",
             "users in the pool",
             "RMSE (stars)",
-            log=True,
         )
         if arguments.data:
             events, inputs = read(arguments.data, "school", "input_id, x0 … x26")
@@ -77,7 +76,6 @@ def main() -> None:
                 "Schools in the pool: School",
                 "schools in the pool",
                 "explained variance",
-                log=True,
             )
         else:
             print("1a on School is not drawn: name its folder with --data or MTL_DATA", file=sys.stderr)
@@ -89,10 +87,8 @@ def main() -> None:
             "1b_movielens",
             points,
             "Users who were not in training: MovieLens-100K",
-            "1 + examples of the user",
+            "examples of the user",
             "RMSE (stars)",
-            log=True,
-            shift=1,
         )
     print(json.dumps({"experiment": "figure 1", "repeats": arguments.repeats, **drawn}))
 
@@ -108,14 +104,14 @@ def over(repeats: int, once: Callable[[int], dict[str, dict[int, float]]]) -> Po
     return points
 
 
-def draw(out: Path, name: str, points: Points, title: str, x: str, y: str, log: bool, shift: int = 0) -> dict:
+def draw(out: Path, name: str, points: Points, title: str, x: str, y: str) -> dict:
     told = {method: {at: summary(values) for at, values in by_x.items()} for method, by_x in points.items()}
     curves = {}
     for method, by_x in told.items():
         mean = [of["mean"] for of in by_x.values()]
         low, high = zip(*(of.get("interval", [of["mean"]] * 2) for of in by_x.values()), strict=True)
-        curves[method] = Curve([at + shift for at in by_x], mean, low, high)
-    plot_curves(out / f"{name}.png", curves, title, x + " (logarithmic)" * log, y, x_log=log)
+        curves[method] = Curve(list(by_x), mean, low, high)
+    plot_curves(out / f"{name}.png", curves, title, f"{x} (logarithmic)", y, x_log=True)
     (out / f"{name}.json").write_text(json.dumps(told, indent=1))
     return told
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from calling import INPUTS, Client, calling
-from made_up import EVENTS_BEFORE
+from made_up import EVENTS_BEFORE, VERSION
 
 from mtl.effects import Effect
 from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import view as views
 from mtl.serving.observations import read, sealed
+from mtl.serving.records import digest, pack_users
+from mtl.serving.scorer import quadratics
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,23 @@ def test_an_unknown_user_has_the_prior_by_attributes_where_given(client: Client)
     _, described = client.ask("POST", "/v1/predict", body)
     assert plain["user_known"] is described["user_known"] is False
     assert plain["scores"] != described["scores"]
+
+
+def test_a_user_who_is_described_stays_so_when_something_was_observed(tmp_path: Path) -> None:
+    with calling(tmp_path) as client:
+        described = {"user": "nobody", "inputs": ["x1"], "user_attributes": {"age": 2.0}}
+
+        def moved() -> float:
+            """What the attributes are worth."""
+            asked = [described, {**described, "user_attributes": None}, described]
+            one, other, again = (client.ask("POST", "/v1/predict", body)[1]["scores"][0]["score"] for body in asked)
+            assert one == again
+            return one - other
+
+        before = moved()
+        for _ in range(2):
+            assert client.ask("POST", "/v1/observe", {"user": "nobody", "input": "x2", "label": 4})[0] == 200
+            assert 0 < moved() / before < 1  # a prior mean counts for less, the more is known
 
 
 def test_a_batch_is_its_requests(client: Client) -> None:
@@ -88,6 +109,33 @@ def test_a_rescoring_hook_has_the_last_word(client: Client, monkeypatch: pytest.
     scores = [one["score"] for one in answer["scores"]]
     assert scores == sorted(scores, reverse=True)
     assert max(scores) < 0
+
+
+@pytest.mark.parametrize("candidates", [None, ["x1", "x2", "x3"]], ids=["of all", "of some"])
+@pytest.mark.parametrize("fault", ["hangs", "fails", "leaves one out", "is no number"])
+def test_a_rescoring_hook_that_fails_or_is_late_leaves_the_order_as_it_was(
+    client: Client, monkeypatch: pytest.MonkeyPatch, candidates: list[str] | None, fault: str
+) -> None:
+    request = {"user": "u3", "k": 3} | ({"candidates": candidates} if candidates else {})
+    _, plain = client.ask("POST", "/v1/top", request)
+    go_on = threading.Event()
+
+    def rescore(user: str, ids: list[str], scores: list[float], stds: list[float]) -> list[float]:
+        if fault == "hangs":
+            go_on.wait(10)
+        elif fault == "fails":
+            raise KeyError("u3")
+        return scores[1:] if fault == "leaves one out" else [float("nan") for _ in scores]
+
+    monkeypatch.setattr(client.service, "rescore", rescore)
+    began = time.monotonic()
+    status, answer = client.ask("POST", "/v1/top", request)
+    took = time.monotonic() - began
+    go_on.set()
+    assert status == 200
+    assert answer.pop("rescored") is False
+    assert {**answer, "staleness_s": 0} == {**plain, "staleness_s": 0}
+    assert took < 2
 
 
 def test_observe_is_in_the_next_prediction_once_and_on_disk(client: Client) -> None:
@@ -182,6 +230,9 @@ def test_the_openapi_document_names_every_route(client: Client) -> None:
         ("GET", "/v1/top?user=u&k=0", b"", 422, "from 1 to 20"),
         ("GET", "/v1/top?user=u&k=21", b"", 422, "from 1 to 20"),
         ("GET", "/v1/top?k=1", b"", 422, "user is missing"),
+        ("GET", "/v1/top?user=u&where=adult=false", b"", 422, "name:value"),
+        ("GET", "/v1/top?user=u&where=genre:a,genre:b", b"", 422, "every name once"),
+        ("GET", "/v1/top?user=u&where=title:Hello,%20World", b"", 422, "values with a comma go in a POST"),
         ("GET", "/v1/top?user=u&kk=1", b"", 422, "unknown parameter 'kk'"),
         ("POST", "/v1/observe", b'{"user":"u","input":"x"}', 422, "label"),
         ("POST", "/v1/observe", b'{"user":" ","input":"x","label":1}', 422, "user is empty"),
@@ -268,6 +319,23 @@ def test_the_largest_numbers_that_are_taken_do_a_user_no_harm(tmp_path: Path, lo
             status, answer = client.ask("POST", "/v1/predict", about)
             assert status == 200
             assert None not in [one[name] for one in answer["scores"] for name in ("score", "std")]
+            status, answer = client.ask("POST", "/v1/choose", {**about, "explore": "thompson"})
+            assert status == 200
+            assert 0 < answer["propensity"] <= 1
+
+
+def test_after_a_large_label_a_user_goes_on(tmp_path: Path) -> None:
+    """Its row in the tables leaves only rounding of the covariance, and an observation is added to that."""
+    with calling(tmp_path) as client:
+        view = client.service.view
+        assert view is not None
+        mean = np.full((1, view.d), 1e10)
+        users = np.concatenate([mean, quadratics(mean, view.prior_covariance)], axis=1)
+        view.store.write_users(VERSION, [(digest("u1"), next(pack_users(9, [3], users)))])
+        assert client.ask("POST", "/v1/observe", {"user": "u1", "input": "x1", "label": 4})[0] == 200
+        for path, body in (("predict", {"inputs": ["x1"]}), ("top", {"k": 2}), ("choose", {"inputs": ["x1", "x2"]})):
+            status, answer = client.ask("POST", f"/v1/{path}", {"user": "u1", **body})
+            assert status == 200, answer
 
 
 @pytest.mark.parametrize(
@@ -347,6 +415,9 @@ def test_contexts_and_offsets_move_every_score_alike(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores(context={"hour": 18}) - plain, effect.mean[0], atol=1e-12)
         np.testing.assert_allclose(scores(context={"hour": "6"}, offset=0.5) - plain, effect.mean[1] + 0.5, atol=1e-12)
         np.testing.assert_allclose(scores(context={"hour": "noon"}), plain, atol=1e-12)
+        _, one = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1"]})
+        _, why = client.ask("GET", "/v1/users/u1", query="input=x1")
+        assert (why["score"], why["std"]) == (one["scores"][0]["score"], one["scores"][0]["std"])
         status, answer = client.ask("GET", "/v1/top", query="user=u1&k=3&context=hour:18")
         _, without = client.ask("GET", "/v1/top", query="user=u1&k=3")
         assert status == 200

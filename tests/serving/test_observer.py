@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mtl.serving import observations, observer
@@ -83,6 +84,24 @@ def test_a_request_does_not_wait_for_a_segment_that_is_handed_over(make: Make, m
         to._condition.release()
     go_on.set()
     assert is_free
+
+
+def test_of_an_id_that_comes_twice_at_once_the_first_is_kept_everywhere(make: Make, tmp_path: Path) -> None:
+    to = make(1000.0)
+    first = event(0)
+    second = msgspec.structs.replace(first, label=9.0)
+
+    async def both() -> list[bool]:
+        with to._condition:  # the thread finds them in one group
+            adding = [asyncio.ensure_future(to.add(one, False)) for one in (first, second)]
+            for _ in range(10):
+                await asyncio.sleep(0)
+        return await asyncio.wait_for(asyncio.gather(*adding), 5)
+
+    assert asyncio.run(both()) == [True, False]
+    to.stop()
+    assert [one.label for one in read(sealed(tmp_path / "log"))] == [first.label]
+    assert [pending.event.label for pending in to.overlay.every().values()] == [first.label]
 
 
 def test_a_worker_whose_observer_is_broken_ends(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -34,6 +35,7 @@ from mtl.schema import (
     USER_ID,
     USERS,
 )
+from mtl.serving import takeover
 from mtl.serving.observations import Event
 from mtl.serving.overlay import open_overlay
 from mtl.serving.records import digest
@@ -86,11 +88,11 @@ class Tables:
         no_residual, no_implicit = np.zeros((len(inputs), D)), np.zeros((len(inputs), 0))
         self.append(FEATURES, feature_rows(VERSION, pa.array(inputs), made, no_residual, no_implicit))
 
-    def users(self, *users: str, n_events: int = 1) -> None:
+    def users(self, *users: str, n_events: int = 1, version: int = VERSION) -> None:
         n = len(users)
         nothing = {schema.A: np.zeros((n, gaussian.packed_length(D))), schema.B: np.zeros((n, D))}
         columns = {name: lists(values) for name, values in {**nothing, schema.PRIOR_MEAN: np.zeros((n, D))}.items()}
-        ids = {schema.MODEL_VERSION: pa.array([VERSION] * n), USER_ID: pa.array(users)}
+        ids = {schema.MODEL_VERSION: pa.array([version] * n), USER_ID: pa.array(users)}
         self.append(USERS, pa.table({**ids, **columns, schema.N_EVENTS: pa.array([n_events] * n)}))
 
     def events(self, *ids: str, user: str = "u0", input: str = "x0", **more: str) -> None:
@@ -177,6 +179,61 @@ def test_observations_among_events_whose_files_are_gone_count_once(tables: Table
         assert (user := view.weights_of("u1")) is not None
         assert user.n_events == before.n_events + 1
         assert tables.overlay.n_asked() == 0
+
+
+def test_an_id_that_the_tables_had_counts_once_where_only_another_version_s_users_moved(tables: Tables) -> None:
+    before = tables.refresh().weights_of("u0")
+    assert before is not None
+    tables.overlay.insert([(Event("e0", "u0", "x0", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), True)])
+    tables.users("u0", version=VERSION + 1)
+    for _ in range(2):
+        user = tables.refresh().weights_of("u0")
+        assert user is not None
+        assert user.n_events == before.n_events
+
+
+def test_a_later_cycle_does_not_count_again_what_a_row_contains(tables: Tables) -> None:
+    tables.refresh()
+    tables.overlay.insert([(Event("mine", "u1", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
+    every = tables.overlay.every()
+    for pending in every.values():
+        pending.landed, pending.covered = (1, 0), (VERSION, 0)
+    tables.overlay.write(every)
+    contains_all: Any = SimpleNamespace(model_version=VERSION, contains=lambda *of: True)
+    tables.refresher.takeover.mark(contains_all, 99, None)
+    view = open_view(tables.store, tables.overlay, load_settings().serve, None)
+    assert view is not None
+    assert (user := view.weights_of("u1")) is not None
+    assert user.n_events == 1  # the row's alone
+
+
+def test_observations_that_were_ingested_while_no_copy_was_there_count_once(tables: Tables) -> None:
+    tables.overlay.insert([(Event("e0", "u0", "x0", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
+    seen: list[int] = []
+    switch = tables.store.write_live
+
+    def write_live(*of: Any, **more: Any) -> None:
+        switch(*of, **more)
+        view = open_view(tables.store, tables.overlay, load_settings().serve, None)
+        user = view.weights_of("u0") if view else None
+        seen.append(user.n_events if user else 0)
+
+    tables.store.write_live = write_live  # type: ignore[method-assign]
+    tables.refresh()
+    assert seen == [1]
+
+
+def test_an_observation_goes_with_its_erased_user(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(takeover, "GRACE_SECONDS", 0.0)
+    tables.refresh()
+    tables.overlay.insert([(Event("mine", "u9", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
+    every = tables.overlay.every()
+    for pending in every.values():
+        pending.landed, pending.covered = (1, 0), (VERSION, 5)
+    tables.overlay.write(every)
+    tables.refresher.takeover.forget()  # there are marks to act on
+    assert tables.refresh().weights_of("u9") is None
+    assert tables.overlay.n_pending() == 0
 
 
 def test_an_erasure_whose_reading_fails_is_begun_again(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:

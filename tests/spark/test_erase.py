@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 from mtl import erase as module
 from mtl import schema
 from mtl.audit import audit
+from mtl.batches import Batch, IngestReport, plan
 from mtl.config import Settings, load_settings
 from mtl.erase import _mentioning, erase
 from mtl.errors import InputError, StateError
@@ -313,6 +314,38 @@ def test_corrections_that_are_none_change_nothing(run: Run) -> None:
     with pytest.raises(InputError, match="give one column"):
         erase(run.tables, settings(), file=run.write(known))
     assert run.tables.version(schema.EVENTS) == before
+
+
+def test_lists_that_cannot_be_read_whole_erase_nothing(run: Run) -> None:
+    before = run.tables.version(schema.EVENTS)
+    for name, text, said in (
+        ("wide.csv", "user_id\nu1,u2\nu4\n", "1 of 2 rows have no user_id; nothing was erased; the first: .*u1,u2"),
+        ("torn.jsonl", '{"event_id": "e1"}\n{"event_id": "e', "1 of 2 rows have no event_id"),
+        ("empty.csv", "user_id,age\nu1,3\n,4\n", "1 of 2 rows have no user_id"),
+    ):
+        path = run.folder / name
+        path.write_text(text)
+        with pytest.raises(InputError, match=said):
+            erase(run.tables, settings(), file=str(path))
+    assert run.tables.version(schema.EVENTS) == before
+
+
+def test_refused_attributes_of_an_erased_user_leave_the_audit_as_it_was(run: Run) -> None:
+    users = run.write(pd.DataFrame({USER_ID: ["u77", "u77", "u78"], "age": [30.0, 31.0, 40.0]}))
+    ingest_files(run.tables, settings(), run.write(rows(np.arange(3))), users=users)
+    assert schema.QUARANTINE in run.mentions("u77")
+    assert erase(run.tables, settings(), users=["u77"])["removed"][schema.QUARANTINE] == 2
+    assert broken(run) == []
+
+
+def test_an_ingest_that_is_not_closed_keeps_an_erasure_from_beginning(run: Run) -> None:
+    """Its batch would be counted by the rows that are left of it."""
+    batch = Batch("f" * 32)
+    plan(run.tables, batch, IngestReport(1, 0, 0, 0, batch.name), "somewhere.csv")
+    with pytest.raises(StateError, match="1 batches of ingest are not closed, the first f"):
+        erase(run.tables, settings(), users=[USER])
+    assert erase(run.tables, settings("ingest.recover_after_minutes=0"), users=[USER])["erasure_id"]
+    assert broken(run) == []
 
 
 def test_another_loss_is_replayed_without_the_erased_and_refitted_where_the_order_is_lost(

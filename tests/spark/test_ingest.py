@@ -202,6 +202,23 @@ def test_what_cannot_be_read_is_one_clear_line_and_leaves_no_table(tables: Table
     assert not any(tables.exists(table) for table in schema.SCHEMAS)
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_name_of_a_file_is_no_pattern(shared: Tables, tmp_path: Path, ending: str) -> None:
+    for name, user in (("events[1]", f"in {ending}"), ("events1", "beside it")):
+        frame, path = (
+            pd.DataFrame({"user_id": [user], "input_id": ["i"], "label": [1.0]}),
+            tmp_path / f"{name}.{ending}",
+        )
+        if ending == "parquet":
+            frame.to_parquet(path)
+        elif ending == "csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_json(path, orient="records", lines=True)
+    assert ingest_events(shared, SETTINGS, str(tmp_path / f"events[1].{ending}"), {}).accepted == 1
+    assert not shared.read(schema.EVENTS).where(F.col("user_id") == f"in {ending}").isEmpty()
+
+
 def test_a_parquet_file_without_rows_offers_none(shared: Tables, tmp_path: Path) -> None:
     rows = pd.DataFrame({"user_id": ["u"], "input_id": ["i"], "label": [1.0]})
     rows[:0].to_parquet(tmp_path / "none.parquet")

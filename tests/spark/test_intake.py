@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +17,7 @@ from pyspark.sql import functions as F
 
 from mtl import ingest, intake, schema
 from mtl.audit import _ingest_adds_up
+from mtl.batches import Batch, recover
 from mtl.config import Settings, load_settings
 from mtl.erase import erase
 from mtl.errors import ConfigError, InputError, ReplayError, StateError
@@ -387,6 +390,65 @@ def test_a_source_table_comes_in_by_its_appends_and_a_new_column_passes(tables: 
     retyped.write.format("delta").mode("overwrite").option("overwriteSchema", "true").save(path)
     with pytest.raises(InputError, match=r"column stars \(label\) was number and is text \(string\)"):
         ingest_stream(tables, delta, columns)
+
+
+@pytest.mark.long
+def test_a_column_that_comes_while_the_stream_runs_starts_it_again(tables: Tables, tmp_path: Path) -> None:
+    path, stop = str(tmp_path / "others"), threading.Event()
+
+    def append(frame: pd.DataFrame) -> None:
+        new = tables.spark.createDataFrame(pa.Table.from_pandas(frame, preserve_index=False))
+        new.write.format("delta").mode("append").option("mergeSchema", "true").save(path)
+
+    append(rows(range(4)))
+    now = settings(path, "source.kind=delta", "source.trigger_seconds=0.2")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ingest_stream, tables, now, None, False, stop)
+        try:
+            for n, more in ((4, None), (6, {"extra": 1}), (8, {"extra": 2, "another": 3})):
+                if more:
+                    append(rows(range(n - 2, n), **more))
+                ends = time.monotonic() + 60
+                while (not tables.exists(EVENTS) or len(kept(tables)) < n) and not running.done():
+                    assert time.monotonic() < ends
+                    time.sleep(0.2)
+        finally:
+            stop.set()
+        assert tally(running.result(60)) == (8, 8, 0, 0)
+    assert kept(tables) == once(range(8))
+
+
+def test_a_batch_that_another_stream_declared_dead_is_told(
+    tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two streams that do not see each other's lock: the second closes what the first has open."""
+    drop(folder, "a.csv", rows(range(3), label=["bad", 1, 2]))
+    append = KnownEvents._append
+
+    def overtaken(self: KnownEvents, *batch: object) -> None:
+        recover(tables, 0, stream="ingest-of-another")
+        append(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KnownEvents, "_append", overtaken)
+        with pytest.raises(StateError, match="was abandoned meanwhile by another ingest stream"):
+            ingest_stream(tables, settings(folder))
+
+
+def test_known_ids_say_nothing_of_a_commit_that_another_made(tables: Tables, folder: Path) -> None:
+    """A batch without new ids makes no commit, and the next one is not its own."""
+    ingest_stream(tables, settings(drop(folder, "a.csv", rows(range(5))) and folder))
+    known = KnownEvents(tables, str(folder / "index"))
+    events = tables.read(EVENTS).limit(2)
+    refresh = known.refresh
+
+    def then_another_writes() -> None:
+        refresh()
+        tables.append(EVENTS, tables.read(EVENTS).limit(1).withColumn(EVENT_ID, F.lit("other")))
+
+    known.refresh = then_another_writes  # type: ignore[method-assign]
+    known.append(events, Batch("0" * 16, 7))
+    assert known.version != tables.version(EVENTS)
 
 
 def test_a_damaged_memory_of_columns_says_what_to_remove(tmp_path: Path) -> None:

@@ -291,6 +291,22 @@ def test_subsets_are_those_asked_and_the_unknown_among_them(spark: SparkSession,
     assert {row.item for row in model.recommendForItemSubset(asked, 2).collect()} == {1, 2}
 
 
+def test_zeros_speak_of_users_without_events_in_recommendations_as_in_predictions(spark: SparkSession) -> None:
+    rows = spark.createDataFrame(ratings().assign(rating=1.0))
+    fitted = estimator(spark, weightCol=None, settings={**FAST, "model.implicit_weight": 0.1}).fit(rows)
+    expected = by_brute_force(spark, fitted, "user", 15)
+    unknown = spark.createDataFrame([(777, 1)], "user long, item long")
+    found = {row.user: row.recommendations for row in fitted.recommendForAllUsers(15).collect()}
+    assert set(found) - set(rows.toPandas().user)  # some have attributes alone
+    for key, best in found.items():
+        np.testing.assert_allclose([pair.rating for pair in best], [value for _, value in expected[key]], rtol=1e-9)
+    (of_unknown,) = fitted.recommendForUserSubset(unknown, 3).collect()
+    asked = spark.createDataFrame([(777, pair.item) for pair in of_unknown.recommendations], "user long, item long")
+    predicted = fitted.transform(asked).toPandas().set_index("item")[PREDICTION]
+    for pair in of_unknown.recommendations:
+        assert pair.rating == pytest.approx(predicted[pair.item], rel=1e-9)
+
+
 def test_logistic_predictions_and_ratings_are_the_same_numbers(spark: SparkSession) -> None:
     rows = spark.createDataFrame(ratings().assign(rating=(PROBLEM.label > PROBLEM.mean_label).astype(float)))
     fitted = estimator(spark, loss="logistic", weightCol=None).fit(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from mtl.adder import Adder
 from mtl.arrow import matrix
 from mtl.audit import audit
 from mtl.config import Settings
-from mtl.errors import StateError
+from mtl.errors import ConfigError, StateError
 from mtl.ingest import ingest_files
 from mtl.lock import exclusive
 from mtl.materialize import features_of
@@ -230,6 +231,57 @@ def test_a_batch_that_comes_while_its_query_stops_is_for_the_next_run(live: Tabl
     stream.close()
     assert update(live, settings())["applied"] == 30
     assert broken(live) == []
+
+
+def test_what_has_come_to_now_stops_after_the_batch_in_hand(live: Tables) -> None:
+    for part in np.array_split(np.arange(TRAINED, len(PROBLEM)), 12):
+        append(live, rows(part))
+    stop = threading.Event()
+    stop.set()
+    first = update(live, ONE_FILE_A_BATCH, stop=stop)
+    assert first["batches"] < 12
+    update(live, ONE_FILE_A_BATCH)
+    assert state(live)[schema.N_EVENTS].sum() == len(PROBLEM)
+    assert broken(live) == []
+
+
+def test_nothing_is_released_past_a_batch_that_failed(live: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(live, rows(np.arange(TRAINED, 262)).assign(input_id="late"))
+    assert update(live, settings())["waited"] == 12
+    append(live, rows(np.arange(262, 280)))
+    stream = Stream(live, settings(), load_model(live))
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "_add_to_users", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stream.drain()
+    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["late"], "year": [1.0]})))
+    assert stream.updater.release() == 0
+    stream.updater.release_if_inputs_came()
+    stream.close()
+    result = update(live, settings())
+    assert (result["applied"], result["released"]) == (18 + 12, 12)
+    assert broken(live) == []
+
+
+def test_nothing_is_released_past_a_batch_of_which_only_what_waits_was_written(
+    live: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has no row of it yet, and a recovery would have it read anew."""
+    append(live, rows(np.arange(TRAINED, 262)).assign(input_id="late"))
+    with dying(monkeypatch, "_write_ledger", before=True):
+        update(live, settings())
+    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["late"], "year": [1.0]})))
+    stream = Stream(live, settings(), load_model(live))
+    assert stream.updater.release() == 0
+    stream.close()
+    assert update(live, settings(), from_ledger=True)["applied"] == 12
+    assert state(live)[schema.N_EVENTS].sum() == TRAINED + 12
+    assert broken(live) == []
+
+
+def test_checkpoints_are_on_a_path_that_the_driver_can_open(live: Tables) -> None:
+    with pytest.raises(ConfigError, match=r"update\.checkpoints: name a local folder"):
+        update(live, settings("update.checkpoints=hdfs:///checkpoints"))
 
 
 def test_a_batch_counts_by_its_events_however_many_were_measured(live: Tables) -> None:

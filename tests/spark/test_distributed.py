@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 from problems import Problem, planted
@@ -53,14 +52,15 @@ def fit(engine: LocalEngine | DistributedEngine, problem: Problem, basis: Basis,
     return alternate(engine, users, inputs, LOSSES["squared"], len(problem), problem.label_variance, Schedule(4))
 
 
-def partitions(spark: SparkSession, problem: Problem, n: int) -> list:
+def partitions(problem: Problem, n: int) -> list[pa.RecordBatch]:
     parts = np.array_split(np.arange(len(problem.user_attributes)), n)
     return [blocks.to_arrow(problem.block(part)) for part in parts]
 
 
 def engine(spark: SparkSession, problem: Problem, n_partitions: int, shard: int, form: Form) -> DistributedEngine:
-    rows = pa.Table.from_batches(partitions(spark, problem, n_partitions)).to_pandas()
-    frame = spark.createDataFrame(pd.DataFrame(rows), blocks.DDL).repartition(n_partitions).persist()
+    rows = [row for part in partitions(problem, n_partitions) for row in part.to_pylist()]
+    each_apart = spark.sparkContext.parallelize(rows, n_partitions)  # a block a partition, as training has it
+    frame = spark.createDataFrame(each_apart, blocks.DDL).persist()
     return DistributedEngine(frame, problem.specification(form), shard_inputs=shard)
 
 
@@ -89,6 +89,14 @@ def test_distributed_training_equals_local_training(
     )
     offsets = rows.toPandas().sort_values("place")["offset"]
     np.testing.assert_allclose(offsets, local.inputs.mean[:, 0], atol=1e-8)
+
+
+def test_a_partition_may_have_users_without_events_alone(spark: SparkSession) -> None:
+    attributes = PROBLEM.user_attributes
+    silent = replace(PROBLEM, user_attributes=np.vstack([attributes, attributes[:4]]))
+    local, distributed = silent.engine(Form(K)), engine(spark, silent, 6, 10, Form(K))
+    one, other = (fit(each, silent, linear, Form(K)) for each in (local, distributed))
+    np.testing.assert_allclose(other.objective, one.objective, rtol=1e-9)
 
 
 def test_a_black_box_is_refused_where_inputs_are_distributed(spark: SparkSession) -> None:

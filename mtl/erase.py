@@ -28,12 +28,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -46,16 +43,15 @@ from mtl import schema
 from mtl.arrivals import unlearnt
 from mtl.batches import open_batches, recover
 from mtl.config import Settings
+from mtl.erasure import Erasure, close, correction, ids_of_file, pending, plan
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_events
 from mtl.ledger import ERASE, consumed, ledger_of
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
-from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, offered_events, text_id
-from mtl.read import MALFORMED, match, open_file, quoted
 from mtl.rebuild import applied, at_once, rebuilt
-from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, RAW, REASON, SOURCE, USER_ID
+from mtl.schema import BATCH, EVENT_ID, INPUT_ID, MODEL_VERSION, SOURCE, USER_ID
 from mtl.stream import Stream
 from mtl.tables import Tables
 from mtl.users import WRITTEN
@@ -65,27 +61,6 @@ log = logging.getLogger("mtl")
 _MARKED = (schema.USERS, schema.WAITING, schema.USER_ATTRIBUTES)  # tables whose rows are deleted by marking them
 _RETENTION = "delta.deletedFileRetentionDuration"
 _DEFAULT_RETENTION_DAYS = 7  # Delta's own
-
-
-@dataclass(frozen=True)
-class Erasure:
-    """One request: ids of users or of events, and for a correction the file that the events come back from."""
-
-    id: str
-    key: str  # USER_ID or EVENT_ID
-    ids: tuple[str, ...]
-    corrections: str | None = None  # JSON: path, columns
-
-    @property
-    def application(self) -> str:
-        return f"{ERASE}-{self.id}"
-
-    @property
-    def metadata(self) -> str:
-        return schema.ERASURE + self.id
-
-    def frame(self, tables: Tables) -> DataFrame:
-        return tables.spark.createDataFrame([(i,) for i in self.ids], f"{self.key} string")
 
 
 def erase(
@@ -117,21 +92,20 @@ def erase(
     if len(asked) > 1:
         raise InputError("ask for one thing at a time: users, events, a file of ids, or a file of corrections")
     tables.create(*schema.SCHEMAS)
-    finished = {pending: _finish(tables, settings, pending) for pending in _pending(tables)}
-    done = [pending.id for pending in finished]
+    finished = {begun: _finish(tables, settings, begun) for begun in pending(tables)}
+    done = [begun.id for begun in finished]
     if not asked:
         if not done:
             raise InputError("nothing to erase: give --user, --event, --file or --correct")
         return {**list(finished.values())[-1], "finished": done}
     if correct:
-        request = _correction(tables, settings, correct, columns or {})
+        request = correction(tables, settings, correct, columns or {})
+    elif file:
+        request = Erasure.of(*ids_of_file(tables, settings, file, columns or {}))
     else:
-        key, ids = (
-            _ids(tables, settings, file, columns or {}) if file else (USER_ID, users) if users else (EVENT_ID, events)
-        )
-        request = Erasure(uuid.uuid4().hex, key, tuple(dict.fromkeys(ids)))
-    for pending, report in finished.items():
-        if (pending.key, set(pending.ids)) == (request.key, set(request.ids)) or not request.ids:
+        request = Erasure.of(USER_ID, users) if users else Erasure.of(EVENT_ID, events)
+    for begun, report in finished.items():
+        if (begun.key, set(begun.ids)) == (request.key, set(request.ids)) or not request.ids:
             return {**report, "finished": done}
     _refuse_open_batches(tables, settings)
     if not request.ids:
@@ -150,71 +124,6 @@ def _refuse_open_batches(tables: Tables, settings: Settings) -> None:
         )
 
 
-def _ids(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> tuple[str, list[str]]:
-    source = open_file(tables.spark, path, settings.ingest, texts=None)
-    found = match(source, columns, (USER_ID, EVENT_ID), ())
-    if len(found) != 1:
-        raise InputError(
-            f"{path}: give one column, {USER_ID} of whole users or {EVENT_ID} of single events, not {found or 'none'}"
-        )
-    ((key, theirs),) = found.items()
-    identity = F.when(F.col(MALFORMED).isNull(), text_id(quoted(theirs), source.kind(theirs)))
-    rows = source.rows.select(identity.alias(key), F.when(identity.isNull(), source.raw()).alias(RAW)).collect()
-    if not rows:
-        raise InputError(f"{path}: there is no {key} in it")
-    unread = [row[RAW] for row in rows if row[key] is None]
-    if unread:
-        raise InputError(
-            f"{path}: {len(unread)} of {len(rows)} rows have no {key}; nothing was erased; the first: {unread[0]}"
-        )
-    return key, list(dict.fromkeys(row[key] for row in rows))
-
-
-def _correction(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> Erasure:
-    source = open_file(tables.spark, path, settings.ingest, texts=None)
-    _, rows = offered_events(source, columns, settings.model, (EVENT_ID, *REQUIRED_EVENT_COLUMNS))
-    rows = rows.persist()
-    try:
-        n, ids, refused, reason = rows.agg(
-            F.count("*"), F.count_distinct(EVENT_ID), F.count(REASON), F.first(REASON, ignorenulls=True)
-        ).collect()[0]
-        if refused:
-            raise InputError(
-                f"{path}: {refused} of {n} rows are no events, and nothing was changed; the first: {reason}"
-            )
-        if n != ids:
-            raise InputError(f"{path}: {n} rows have {ids} different ids: an event is corrected to one row")
-        stored = tables.read(schema.EVENTS).select(*EVENT_COLUMNS)
-        new = rows.select(*EVENT_COLUMNS)
-        unknown = new.join(stored, EVENT_ID, "left_anti").select(EVENT_ID).first()
-        if unknown:
-            raise InputError(f"{path}: there is no event {unknown[0]} to correct; new events go to jobs/ingest.py")
-        changed = new.exceptAll(stored).select(EVENT_ID).collect()
-    finally:
-        rows.unpersist()
-    where = json.dumps({"path": os.path.abspath(path) if os.path.exists(path) else path, "columns": dict(columns)})
-    return Erasure(uuid.uuid4().hex, EVENT_ID, tuple(row[0] for row in changed), where)
-
-
-def _pending(tables: Tables) -> list[Erasure]:
-    rows = tables.read(schema.ERASURES).where(F.col(schema.STATE) == schema.PLANNED).orderBy(schema.CREATED_AT)
-    return [
-        Erasure(row[schema.ERASURE_ID], row[schema.KEY], tuple(row[schema.IDS]), row[schema.CORRECTIONS])
-        for row in rows.collect()
-    ]
-
-
-def _plan(tables: Tables, erasure: Erasure) -> None:
-    row = {
-        schema.ERASURE_ID: erasure.id,
-        schema.STATE: schema.PLANNED,
-        schema.KEY: erasure.key,
-        schema.IDS: list(erasure.ids),
-        schema.CORRECTIONS: erasure.corrections,
-    }
-    tables.append_rows(schema.ERASURES, [row], once=(erasure.application, 0))
-
-
 def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, Any]:
     """All steps of an erasure, those that were done before included."""
     ids = erasure.frame(tables)
@@ -223,7 +132,7 @@ def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, A
         for (version,) in sorted(versions(tables).select(MODEL_VERSION).collect()):
             streams.append(Stream(tables, settings, load_model(tables, version)))
             held.callback(streams[-1].close)  # also where the next one's lock is refused
-        _plan(tables, erasure)
+        plan(tables, erasure)
         _remove_events(tables, erasure, ids)
         _remove_refused(tables, erasure, ids)
         events, refused = (_removed(tables, table, erasure) for table in (schema.EVENTS, schema.QUARANTINE))
@@ -242,7 +151,8 @@ def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, A
     if erasure.corrections:
         where = json.loads(erasure.corrections)
         report["corrected"] = ingest_events(tables, settings, where["path"], where["columns"]).accepted
-    _close(tables, erasure, report)
+    close(tables, erasure, report)
+    log.info("erase: %s", report)
     return report
 
 
@@ -412,15 +322,3 @@ def _retention(tables: Tables, table: str) -> timedelta:
     properties = tables.delta(table).detail().collect()[0]["properties"]
     found = re.fullmatch(r"interval (\d+) days?", properties.get(_RETENTION, ""))
     return timedelta(days=int(found[1]) if found else _DEFAULT_RETENTION_DAYS)
-
-
-def _close(tables: Tables, erasure: Erasure, report: dict[str, Any]) -> None:
-    values = {
-        schema.STATE: F.lit(schema.DONE),
-        schema.IDS: F.array().cast("array<string>"),
-        schema.CORRECTIONS: F.lit(None).cast("string"),
-        schema.REPORT: F.lit(json.dumps(report)),
-        schema.FINISHED_AT: F.current_timestamp(),
-    }
-    tables.delta(schema.ERASURES).update(F.col(schema.ERASURE_ID) == erasure.id, values)
-    log.info("erase: %s", report)

@@ -174,7 +174,7 @@ def test_a_death_after_every_step_is_finished_by_running_again(run: Run, monkeyp
     other = Run(run.tables.spark, run.folder / "other")
     shutil.copytree(run.tables.root, other.tables.root)
     expected = erase(other.tables, settings(), users=[USER])
-    first, last = ("_plan", "_remove_events", "_remove_refused", "_account", "_drain"), ("_remove_rest", "_close")
+    first, last = ("plan", "_remove_events", "_remove_refused", "_account", "_drain"), ("_remove_rest", "close")
     deaths = [
         *((step, False) for step in first),
         ("_replace", True),

@@ -291,6 +291,23 @@ def test_subsets_are_those_asked_and_the_unknown_among_them(spark: SparkSession,
     assert {row.item for row in model.recommendForItemSubset(asked, 2).collect()} == {1, 2}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("more", "k"),
+    [
+        ({"train.algorithm": "first_order", "function.kind": "two_layer", "function.hidden": 3}, 2),
+        ({"supervised.labels": ["genre"], "supervised.min_count": 1}, 2),
+    ],
+    ids=["function", "supervised"],
+)
+def test_settings_of_functions_and_of_labels_go_by_settings(spark: SparkSession, more: dict, k: int) -> None:
+    rows = spark.createDataFrame(ratings())
+    fitted = estimator(spark, settings={**FAST, **more}).fit(rows)
+    scored = fitted.transform(rows).toPandas()
+    assert fitted.rank == k
+    assert np.corrcoef(scored[PREDICTION], scored.rating)[0, 1] > 0.5
+
+
 def test_zeros_speak_of_users_without_events_in_recommendations_as_in_predictions(spark: SparkSession) -> None:
     rows = spark.createDataFrame(ratings().assign(rating=1.0))
     fitted = estimator(spark, weightCol=None, settings={**FAST, "model.implicit_weight": 0.1}).fit(rows)

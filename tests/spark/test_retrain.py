@@ -273,6 +273,18 @@ def test_no_events_and_labels_all_equal_are_told_and_leave_no_version(tables: Ta
 # --- Oracles and bare data --------------------------------------------------------------------------------------------
 
 
+def test_a_holdout_that_leaves_nothing_is_told(tables: Tables) -> None:
+    events = pd.DataFrame(
+        {EVENT_ID: ["a", "b"], USER_ID: ["u", "v"], INPUT_ID: ["x", "y"], LABEL: [1.0, 2.0], WEIGHT: 1.0}
+    )
+    tables.create(EVENTS)
+    missing = [F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[EVENTS] if c.name not in events]
+    new = tables.spark.createDataFrame(events).select("*", *missing)
+    tables.append(EVENTS, new.select(schema.SCHEMAS[EVENTS].names))
+    with pytest.raises(StateError, match=r"train\.holdout: all events are held out"):
+        retrain(tables, settings("train.iterations=auto", "train.holdout=0.9999"))
+
+
 def test_events_alone_are_enough_for_factorization(tables: Tables) -> None:
     fill(tables, event_rows(PROBLEM), None, None)
     report = retrain(tables, settings("oracle.kind=identity", "train.iterations=auto", "train.max_iterations=4"))

@@ -279,6 +279,19 @@ def test_nothing_is_released_past_a_batch_of_which_only_what_waits_was_written(
     assert broken(live) == []
 
 
+def test_inputs_that_are_what_the_oracle_says_are_not_learnt(live: Tables) -> None:
+    retrain(live, settings("oracle.residual=false"), promote=True)
+    live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))
+    append(live, rows(np.arange(TRAINED, 262)).assign(input_id="new", label=9.0))
+    assert update(live, settings())["applied"] == 12
+    model = load_model(live)
+    stored = features_of(live, model).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
+    expected = model.features_of_new(pd.DataFrame({"year": [0.5]}))
+    np.testing.assert_allclose(stored[schema.PHI], expected.phi[0])
+    assert stored[schema.OFFSET] == pytest.approx(expected.offset[0])
+    assert broken(live) == []
+
+
 def test_checkpoints_are_on_a_path_that_the_driver_can_open(live: Tables) -> None:
     with pytest.raises(ConfigError, match=r"update\.checkpoints: name a local folder"):
         update(live, settings("update.checkpoints=hdfs:///checkpoints"))

@@ -45,9 +45,13 @@ bench: setup ## how long retraining, ingesting, updating and recommending take
 faults: setup ## the long campaign: some two hundred kills, torn checkpoints, a full disk (hours)
 	@FAULTS=long $(PY) -m pytest tests/faults -n 2 -rP $(TEST_ARGS)
 
-figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester)
+figures: setup ## the paper's figures into figures/ (MTL_DATA names the folder of School and Jester, without which some are left out)
 	@$(PY) tests/bench/figure1.py --out figures
-	@$(PY) tests/bench/figure2.py --out figures $(if $(MTL_DATA),--data $(MTL_DATA))
+ifdef MTL_DATA
+	@$(PY) tests/bench/figure2.py --out figures
+else
+	@echo "2 is not drawn: name the folder of Jester with MTL_DATA (what it holds: $(PY) tests/bench/figure2.py --help)"
+endif
 
 reference: setup ## the guides and every public docstring as pages into reference/
 	@$(PY) -W ignore -m pdoc --docformat google --output-directory reference mtl.guide mtl.oracle mtl.serving \

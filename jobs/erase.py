@@ -5,10 +5,10 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
+from mtl.command import parse_renames
 from mtl.config import Settings
 from mtl.erase import erase
 from mtl.job import run
-from mtl.read import parse_renames
 from mtl.tables import Tables
 
 DESCRIPTION = """\

@@ -7,12 +7,12 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
+from mtl.command import parse_renames
 from mtl.config import Settings
 from mtl.errors import InputError
 from mtl.ingest import ingest_files
 from mtl.intake import ingest_stream
 from mtl.job import run
-from mtl.read import parse_renames
 from mtl.schema import INPUTS, USER_ATTRIBUTES
 from mtl.tables import Tables
 

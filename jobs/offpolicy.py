@@ -3,9 +3,8 @@
 import argparse
 from typing import Any
 
-from mtl.command import execute
+from mtl.command import execute, parse_renames
 from mtl.config import Settings
-from mtl.read import parse_renames
 from mtl.serving.decisions import estimate
 
 DESCRIPTION = """\

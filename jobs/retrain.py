@@ -15,7 +15,7 @@ DESCRIPTION = """\
 Train a new model version over all events by oracle-mtl, and write its features, its users and its row in models.
 
 The first version goes live by itself; later ones are candidates until jobs/promote.py, or at once with --promote.
-model.k and train.iterations force what is otherwise chosen from the data. --if-requested is for a scheduler: it does
+model.k and train.iterations force what is otherwise chosen by itself. --if-requested is for a scheduler: it does
 nothing unless the update job has asked for a retraining (switch.surprise_limit) since the newest version."""
 
 

@@ -17,6 +17,7 @@ import delta.exceptions
 from pyspark.sql import Column, Row
 from pyspark.sql import functions as F
 
+from mtl.layout import SCHEMAS
 from mtl.schema import (
     ABANDONED,
     ACCEPTED,
@@ -33,7 +34,6 @@ from mtl.schema import (
     QUARANTINE,
     QUARANTINED,
     QUERY,
-    SCHEMAS,
     SOURCE,
     STATE,
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtl.config import Settings, load_settings
-from mtl.errors import MtlError
+from mtl.errors import InputError, MtlError
 
 log = logging.getLogger("mtl")
 
@@ -77,3 +77,20 @@ def _fail(name: str, reason: str) -> None:
     print(f"{name}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
     # A Spark session may hold non-daemon threads that a plain exit would wait for.
     os._exit(1)
+
+
+def parse_renames(text: str) -> dict[str, str]:
+    """``ours=theirs,…`` as a mapping from our name to the file's.
+
+    Raises:
+        InputError: a part is not ours=theirs, or a name is given twice.
+    """
+    renames: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs):
+            raise InputError(f"--columns {part!r}: write ours=theirs, for example input_id=item")
+        if ours in renames or theirs in renames.values():
+            raise InputError(f"--columns {part!r}: {ours if ours in renames else theirs} is renamed twice")
+        renames[ours] = theirs
+    return renames

@@ -400,7 +400,9 @@ def _explain(error: ValidationError) -> str:
         else:
             # A union reports each of its members: one mistake, several remedies.
             value = "(not shown)" if _type_of(path[0], path[-1]) is SecretStr else repr(mistake["input"])
-            remedies = reasons.setdefault(f"setting {key} = {value}", [])
+            is_section = len(path) == 1 and isinstance(mistake["input"], dict)  # which may hold a secret
+            of_one = f"section {key}" if is_section else f"setting {key} = {value}"
+            remedies = reasons.setdefault(of_one, [])
             remedies.append(mistake["msg"][0].lower() + mistake["msg"][1:])
     return "; ".join(
         f"{mistake}: " + " or ".join(dict.fromkeys(remedies)).replace(" or input should be ", " or ")

@@ -56,6 +56,8 @@ class DistributedEngine:
             alone; (from ``refit``) the oracle is a black box, which is fitted on the driver.
     """
 
+    applied: Any = None  # its steps are whole, and keep nothing of those before
+
     def __init__(self, rows: DataFrame, specification: Specification, shard_inputs: int = SHARD_INPUTS):
         if not specification.loss.is_quadratic:
             raise ConfigError(f'{specification.loss.name} loss is trained with train.reduction = "driver" only')

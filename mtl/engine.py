@@ -61,6 +61,9 @@ class Engine(Protocol):
     rounding: float
     """Of the objective: a rise by less is none."""
 
+    applied: Any
+    """What the inputs' posteriors were computed from, of which a step of less than 1 keeps a part."""
+
     effects: Effects
     """Of the events' contexts."""
 

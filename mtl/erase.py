@@ -46,6 +46,7 @@ from mtl.config import Settings
 from mtl.erasure import Erasure, close, correction, ids_of_file, pending, plan
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_events
+from mtl.layout import SCHEMAS
 from mtl.ledger import ERASE, consumed, ledger_of
 from mtl.materialize import features_of
 from mtl.model import Model
@@ -91,8 +92,11 @@ def erase(
     asked = [what for what in (users, events, file, correct) if what]
     if len(asked) > 1:
         raise InputError("ask for one thing at a time: users, events, a file of ids, or a file of corrections")
-    tables.create(*schema.SCHEMAS)
-    finished = {begun: _finish(tables, settings, begun) for begun in pending(tables)}
+    tables.create(*SCHEMAS)
+    left = pending(tables)
+    if not any(begun.corrections for begun in left):  # whose own ingest may have died
+        _refuse_open_batches(tables, settings)
+    finished = {begun: _finish(tables, settings, begun) for begun in left}
     done = [begun.id for begun in finished]
     if not asked:
         if not done:
@@ -120,7 +124,7 @@ def _refuse_open_batches(tables: Tables, settings: Settings) -> None:
     if left:
         raise StateError(
             f"{len(left)} batches of ingest are not closed, the first {left[0].name}: an ingest is at work, or died. Let it end; "
-            "or run jobs/ingest.py again, for a stream with its own source, for files ingest.recover_after_minutes later"
+            "or run jobs/ingest.py once more: after files ingest.recover_after_minutes later, after a stream as a stream"
         )
 
 

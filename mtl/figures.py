@@ -104,7 +104,7 @@ def plot_curves(
 
     Args:
         x, y: what the axes are, with their units.
-        x_log: the x axis is logarithmic, from 1 on where there is a 0.
+        x_log: the x axis is logarithmic; where there is a 0, from the smallest other place on.
         mark: a point of note (x, y) and what is said of it.
         ticks: what x = 0, 1, … are called, where they are no numbers.
     """
@@ -116,7 +116,7 @@ def plot_curves(
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         places = sorted({x for curve in curves.values() for x in curve.x})
         if x_log:
-            axes.set_xscale("log") if places[0] else axes.set_xscale("symlog", linthresh=1)
+            axes.set_xscale("log") if places[0] else axes.set_xscale("symlog", linthresh=places[1])
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
         elif x_log and len(places) <= _FEW:

@@ -363,7 +363,7 @@ def _alternate(
     """:func:`mtl.train.alternate` with its progress shown and saved."""
     resume = checkpoint.load(inputs) if checkpoint else None
     if resume:
-        engine.inputs, engine.effects = resume.vectors, resume.effects
+        engine.inputs, engine.applied, engine.effects = resume.vectors, resume.applied, resume.effects
     with tqdm(total=schedule.iterations, desc="retrain", unit="pass", disable=None) as bar:
 
         def report(iteration: int, objective: float) -> None:

@@ -32,6 +32,7 @@ from mtl.config import Settings
 from mtl.described import Described
 from mtl.errors import ConfigError, InputError, StateError
 from mtl.fitting import train
+from mtl.layout import SCHEMAS
 from mtl.losses import LOSSES
 from mtl.model import Model, model_of, model_row
 from mtl.params import Training, with_accessors
@@ -343,7 +344,7 @@ class OracleMTLModel(Described, FittedModel):
 
     def _frames(self) -> dict[str, DataFrame]:
         of = self._fitted
-        row = of.users.sparkSession.createDataFrame([of.row], schema.SCHEMAS[schema.MODELS])
+        row = of.users.sparkSession.createDataFrame([of.row], SCHEMAS[schema.MODELS])
         frames = {schema.MODELS: row, schema.FEATURES: of.features, schema.USERS: of.users}
         return {**super()._frames(), **frames}
 
@@ -378,8 +379,8 @@ def _fit(
 ) -> _Fitted:
     """Train, and keep what the rows of features and users say in Spark's cache."""
     spark = events.sparkSession
-    inputs = spark.createDataFrame([], schema.SCHEMAS[schema.INPUTS]) if items is None else items
-    attributes = spark.createDataFrame([], schema.SCHEMAS[schema.USER_ATTRIBUTES]) if users is None else users
+    inputs = spark.createDataFrame([], SCHEMAS[schema.INPUTS]) if items is None else items
+    attributes = spark.createDataFrame([], SCHEMAS[schema.USER_ATTRIBUTES]) if users is None else users
     trained = train(events.drop(REASON), inputs, attributes, settings)
     try:
         model = trained.model(_VERSION, schema.LIVE, 0, 0)

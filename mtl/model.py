@@ -124,8 +124,13 @@ def model_of(row: Mapping[str, Any]) -> Model:
     """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust.
 
     Raises:
-        StateError: it was made with a package that is not installed here.
+        StateError: it was made with a package that is not installed here, or by another version of this one.
     """
+    if missing := {schema.MU, schema.NOISE, schema.ARTEFACT} - row.keys():
+        raise StateError(
+            f"model version {row[schema.MODEL_VERSION]} was written by another version of oracle-mtl (it has no "
+            f"{', '.join(sorted(missing))}): train anew, into another tables.root"
+        )
     try:
         artefact = cloudpickle.loads(row[schema.ARTEFACT])
     except ModuleNotFoundError as error:

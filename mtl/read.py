@@ -61,23 +61,6 @@ def quoted(name: str) -> Column:
     return F.col("`" + name.replace("`", "``") + "`")
 
 
-def parse_renames(text: str) -> dict[str, str]:
-    """``ours=theirs,…`` as a mapping from our name to the file's.
-
-    Raises:
-        InputError: a part is not ours=theirs, or a name is given twice.
-    """
-    renames: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
-        if not (ours and equals and theirs):
-            raise InputError(f"--columns {part!r}: write ours=theirs, for example input_id=item")
-        if ours in renames or theirs in renames.values():
-            raise InputError(f"--columns {part!r}: {ours if ours in renames else theirs} is renamed twice")
-        renames[ours] = theirs
-    return renames
-
-
 def open_file(spark: SparkSession, path: str, settings: IngestSettings, texts: Collection[str] | None) -> SourceFile:
     """Open a Parquet, CSV (with header) or JSON-lines file, or a folder of them.
 

@@ -44,7 +44,11 @@ class Checkpoint:
         """The state of this training, its oracle taken from ``inputs``; None where there is none."""
         if not self.path.exists():
             return None
-        key, state, optimizer = cloudpickle.loads(self.path.read_bytes())
+        try:
+            key, state, optimizer = cloudpickle.loads(self.path.read_bytes())
+        except Exception as error:  # of a pickle anything may come
+            log.warning("retrain: the checkpoint in %s cannot be read: starting over (%s)", self.path.parent, error)
+            return None
         if key != self.key:
             log.info("retrain: the checkpoint in %s is of another training: starting over", self.path.parent)
             return None

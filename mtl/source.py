@@ -184,10 +184,10 @@ class Source:
 
     def _shape(self, path: str) -> tuple[str, str]:
         format = format_of(path, self.settings.ingest.format)
+        if is_remote(path) or _PATTERN & set(path):
+            return format, path  # by itself: Spark would read others of the same call twice
         if format == "jsonl":
             return format, ""  # rows name their columns
-        if is_remote(path):
-            return format, path
         return format, parquet_shape(path) if format == "parquet" else _header(path)
 
     def _unreadable(self, path: str, error: InputError) -> DataFrame:
@@ -197,6 +197,9 @@ class Source:
         row = self.spark.createDataFrame([(json.dumps({"file": path}),)], f"{_VALUE} string")
         rows = row.withColumn(MALFORMED, F.lit(None).cast("string"))
         return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), _reason(path, error))
+
+
+_PATTERN = set("{}[]*?\\")  # of which Spark makes a pattern
 
 
 class _Drift(InputError):

@@ -16,6 +16,7 @@ from mtl.backlog import delays, lag, unreleased
 from mtl.batches import ingested
 from mtl.checkpoint import end_of
 from mtl.drift import Seen, weight_distance
+from mtl.layout import SCHEMAS
 from mtl.ledger import last_batch
 from mtl.model import Model
 from mtl.models import load_model
@@ -86,7 +87,7 @@ def cold_start(progress: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(tables: Tables, table: str) -> DataFrame:
-    return tables.read(table) if tables.exists(table) else tables.spark.createDataFrame([], schema.SCHEMAS[table])
+    return tables.read(table) if tables.exists(table) else tables.spark.createDataFrame([], SCHEMAS[table])
 
 
 def _of_version(tables: Tables, row: Row) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from mtl import schema
 from mtl.config import is_catalog
 from mtl.errors import ConfigError, StateError
+from mtl.layout import PARTITIONED_BY, PROPERTIES, SCHEMAS
 
 # Operations of commits that leave a table's rows as they were.
 REARRANGING = ("OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END")
@@ -86,14 +87,14 @@ class Tables:
             if table in self._created or self.exists(table):
                 self._created.add(table)
                 continue
-            builder = DeltaTable.createIfNotExists(self.spark).addColumns(schema.SCHEMAS[table])
+            builder = DeltaTable.createIfNotExists(self.spark).addColumns(SCHEMAS[table])
             builder = (
                 builder.tableName(self.name(table)) if self.in_catalog else builder.location(f"{self.root}/{table}")
             )
-            for key, value in schema.PROPERTIES[table].items():
+            for key, value in PROPERTIES[table].items():
                 builder = builder.property(key, value)
-            if table in schema.PARTITIONED_BY:
-                builder = builder.partitionedBy(*schema.PARTITIONED_BY[table])
+            if table in PARTITIONED_BY:
+                builder = builder.partitionedBy(*PARTITIONED_BY[table])
             builder.execute()
             self._created.add(table)
 
@@ -142,7 +143,7 @@ class Tables:
 
     def append_rows(self, table: str, rows: Sequence[Mapping[str, Any]], once: tuple[str, int] | None = None) -> None:
         """:meth:`append` of a few rows by column, what is left out null, with the time in ``created_at``."""
-        arrow = to_arrow_schema(schema.SCHEMAS[table], timezone="UTC")
+        arrow = to_arrow_schema(SCHEMAS[table], timezone="UTC")
         timed = [{schema.CREATED_AT: datetime.now(timezone.utc), **row} for row in rows]
         # Of an Arrow table Spark makes rows without a task in Python.
         self.append(table, self.spark.createDataFrame(pa.Table.from_pylist(timed, arrow)), once=once)
@@ -181,7 +182,7 @@ class Tables:
         Args:
             metadata: goes with the commit, see :meth:`commits_with`.
         """
-        append_only = schema.PROPERTIES[table].get(_APPEND_ONLY) == "true"
+        append_only = PROPERTIES[table].get(_APPEND_ONLY) == "true"
         if append_only:
             self._set_append_only(table, False)
         try:

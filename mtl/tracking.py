@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires
@@ -107,6 +108,8 @@ def _log_model(tables: Tables, settings: Settings, model: Model, folder: Path) -
 def _requirements() -> list[str]:
     """Said and not guessed: MLflow would import everything in a process of its own to find out."""
     try:
-        return [line for line in requires("oracle-mtl") or () if "extra ==" not in line]
+        own = requires("oracle-mtl") or ()
+        with_spark = [line.partition(";")[0].strip() for line in own if re.search(r"""extra == ['"]spark['"]""", line)]
+        return [line for line in own if "extra ==" not in line] + with_spark  # imported, and never started
     except PackageNotFoundError:
         return []

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mtl.effects import Effects
-from mtl.engine import Engine
 from mtl.gaussian import Posterior
 from mtl.losses import Loss
 from mtl.prior import Moments, VectorPrior
+
+if TYPE_CHECKING:
+    from mtl.engine import Engine  # whose module imports pyspark
 
 START_VARIANCE = 0.2  # of every prior before anything is learnt, in the units of Specification.spread and input_units
 START_NOISE = (
@@ -41,7 +43,7 @@ class Fit:
     users: VectorPrior
     inputs: VectorPrior
     noise: float  # σ², squared label units; 1 where the loss is not squared
-    objective: tuple[float, ...]  # J after each half-step, nats
+    objective: tuple[float, ...]  # J after each half-step, of Poisson loss after each iteration (nats)
     iterations: int
     damped: int = 0  # iterations that had raised J and were repeated with a smaller step
     held_out: tuple[float, ...] = ()  # summed surprise of the events held out, after 0, 1, … iterations
@@ -56,7 +58,8 @@ class State(NamedTuple):
     """Where a training stands after some iterations: what it goes on from."""
 
     iteration: int
-    vectors: Posterior  # of the inputs, (inputs, d)
+    vectors: Posterior  # of the inputs, (inputs, d),
+    applied: Any  # and what they were computed from, in the engine's own form
     users: VectorPrior  # before the users' half-step that is next
     inputs: VectorPrior
     noise: float
@@ -111,7 +114,7 @@ def alternate(
         report: called with the iteration (from 1) and the objective after it.
         start_noise: σ² to start from, an earlier version's.
         locked: whether the inputs stay as the engine has them, and only the users' prior and the noise are learnt.
-        resume: go on from here; the engine holds its vectors.
+        resume: go on from here; the engine holds its vectors, effects and what was applied.
         save: called with the state after every iteration.
     """
     noise = 1.0
@@ -122,7 +125,7 @@ def alternate(
     held_out: list[float] = []
     step, damped, iteration, previous = 1.0, 0, 0, np.inf
     if resume:
-        iteration, _, users, inputs, noise, trace, held_out, previous, _, step, damped = resume
+        iteration, _, _, users, inputs, noise, trace, held_out, previous, _, step, damped = resume
 
     def objective(deviance: float) -> float:
         normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
@@ -177,7 +180,7 @@ def alternate(
         step = min(1.0, 2 * step)
         if save:
             of_all = [*trace], [*held_out], previous, engine.effects, step, damped
-            save(State(iteration, engine.inputs, before, inputs, noise, *of_all))
+            save(State(iteration, engine.inputs, engine.applied, before, inputs, noise, *of_all))
     if not locked:
         # So that what the engine holds and the priors returned are of one model. Where a whole step is not sure to lower the
         # objective, from the evidence that the last one took.

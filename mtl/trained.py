@@ -23,6 +23,7 @@ from mtl.engine import SparkEngine
 from mtl.features import Features, feature_rows
 from mtl.forms import Form
 from mtl.gaussian import Posterior
+from mtl.layout import SCHEMAS
 from mtl.losses import Loss
 from mtl.model import Artefact, Model
 from mtl.schema import USER_ID
@@ -155,4 +156,4 @@ def _users_of_block(block: EventBlock, features: Features, arguments: Any) -> It
 
 
 def _ddl(table: str, without: str = "") -> str:
-    return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in schema.SCHEMAS[table] if c.name != without)
+    return ", ".join(f"{c.name} {c.dataType.simpleString()}" for c in SCHEMAS[table] if c.name != without)

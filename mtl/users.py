@@ -19,6 +19,7 @@ from mtl.effects import part_of
 from mtl.errors import InputError
 from mtl.features import Features
 from mtl.gaussian import Array
+from mtl.layout import SCHEMAS
 from mtl.losses import LOSSES
 from mtl.model import Model
 from mtl.schema import EVENT_TIME, INPUT_ID, LABEL, OFFSET, REFERENCE_TIME, USER_ID, WEIGHT
@@ -82,7 +83,7 @@ def updated_users(
     if described is not None:
         rows = rows.unionByName(described, allowMissingColumns=True)
     update = _update_in_arrow(share(events.sparkSession, (model, inputs)), measure, of_all)
-    kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
+    kinds = {column.name: column.dataType.simpleString() for column in SCHEMAS[schema.USERS]}
     columns = [f"{name} {kinds[name]}" for name in WRITTEN] + [
         f"{MEASURED_OF} string",
         f"{MEASURED} array<double>",
@@ -209,8 +210,8 @@ def _times(events: pa.Table, model: Model) -> np.ndarray:
     if events[EVENT_TIME].null_count:
         user = events.filter(events[EVENT_TIME].is_null())[USER_ID][0]
         raise InputError(
-            f"an event of user {user} has no event_time, and model version {model.version} forgets by age: give it one with "
-            "jobs/erase.py --correct"
+            f"an event of user {user} has no event_time, and model version {model.version} forgets by age: train a version that "
+            "does not, with model.half_life_days = 0"
         )
     return decay.micros(events[EVENT_TIME])
 

@@ -46,7 +46,7 @@ print(report)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC **Train.** Nothing to tune: the rank, the priors and the number of passes are chosen from the data.
+# MAGIC **Train.** Nothing to tune: priors and the number of passes are learnt, and what the data cannot tell apart is shrunk.
 
 # COMMAND ----------
 

@@ -203,6 +203,12 @@ def test_a_secret_of_the_wrong_type_is_not_shown(toml):
     assert "123456" not in reason
 
 
+def test_a_section_that_contradicts_itself_shows_no_secret_in_it():
+    reason = mistake("serve.token=hunter2", "serve.contest_shares=[0.5,0.5]")
+    assert reason.startswith("section serve: ")
+    assert "hunter2" not in reason
+
+
 def test_one_bad_value_is_one_reason():
     assert mistake("model.k=-1") == "setting model.k = -1: input should be 'auto' or greater than or equal to 0"
 

@@ -8,6 +8,7 @@ from problems import certain, gaussians
 
 from mtl import gaussian, schema
 from mtl.features import Features, feature_rows, from_rows
+from mtl.layout import SCHEMAS
 
 
 def test_the_moments_of_one_basis_function_worked_by_hand() -> None:
@@ -53,7 +54,7 @@ def test_features_come_back_from_their_rows_as_they_were() -> None:
     features = Features.of(inputs.mean, inputs.covariance, 0.5)
     ids = pa.array(list("abcde"))
     rows = feature_rows(7, ids, features, inputs.mean, np.ones((len(ids), 2)))
-    assert set(rows.column_names) == set(schema.SCHEMAS[schema.FEATURES].names)
+    assert set(rows.column_names) == set(SCHEMAS[schema.FEATURES].names)
     assert rows[schema.MODEL_VERSION].to_pylist() == [7] * 5
     assert rows[schema.INPUT_ID].to_pylist() == list("abcde")
     # As Spark hands them back: in several chunks.

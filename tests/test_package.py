@@ -40,3 +40,39 @@ print(mtl.config.load_settings().train.max_iterations, mtl.config.CONF)
     assert where == str(archive / "mtl" / "config.py")
     assert loaded.startswith("30 ")
     assert str(archive) in loaded
+
+
+def test_the_server_and_the_mathematics_import_no_spark(tmp_path):
+    pure = [
+        "gaussian",
+        "prior",
+        "alternation",
+        "basis",
+        "firstorder",
+        "train",
+        "model",
+        "encode",
+        "supervised",
+        "oracle.trees",
+    ]
+    of_server = ["server", "http", "housekeeping", "decisions"]
+    script = f"""
+import runpy, sys
+class NoSpark:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pyspark", "delta", "py4j"):
+            raise ImportError("no " + name)
+sys.meta_path.insert(0, NoSpark())
+sys.path.insert(0, {str(ROOT)!r})
+import importlib
+for name in {[f"mtl.{name}" for name in pure] + [f"mtl.serving.{name}" for name in of_server]!r}:
+    importlib.import_module(name)
+for job in ("serve", "offpolicy"):
+    sys.argv = [job, "--help"]
+    try:
+        runpy.run_path({str(ROOT / "jobs")!r} + f"/{{job}}.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, ended
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

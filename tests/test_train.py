@@ -369,7 +369,7 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(oracle: Oracle | 
         run(problem.engine(2), None, dies)
     engine = problem.engine(2)
     resume = checkpoint.load(problem.input_prior(2, oracle))
-    engine.inputs = resume.vectors
+    engine.inputs, engine.applied = resume.vectors, resume.applied
     again = run(engine, resume, None)
     assert again.iterations == whole.iterations
     np.testing.assert_allclose(again.objective, whole.objective, rtol=1e-12)
@@ -379,11 +379,12 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(oracle: Oracle | 
 def test_an_optimizer_goes_on_from_where_it_was(tmp_path: Path) -> None:
     inputs = FunctionBasis.start(LinearFunction(), Adam(3, 0.1, 4), 5.0, 2, 3, 0.2, residual=True)
     inputs = replace(inputs, optimizer=replace(inputs.optimizer, t=7, learning_rate=0.025))
-    state = State(3, None, None, inputs, 1.0, [], [], 0.0, (), 0.5, 2)
+    state = State(3, None, None, None, inputs, 1.0, [], [], 0.0, (), 0.5, 2)
     checkpoint = Checkpoint(tmp_path / "state", "key")
     checkpoint.save(state)
     fresh = FunctionBasis.start(LinearFunction(), Adam(3, 0.1, 4), 5.0, 2, 3, 0.2, residual=True)
     again = checkpoint.load(fresh)
+    assert again is not None
     assert again.inputs.optimizer == inputs.optimizer
     assert (again.step, again.damped) == (0.5, 2)
 
@@ -406,6 +407,26 @@ def test_counts_train_on_after_an_iteration_was_taken_back(seed: int, form: Form
     assert (np.diff(stopped.objective) <= 1e-9 * np.abs(stopped.objective[:-1])).all()
     left = (30 - stopped.iterations) * tolerance * len(problem)
     assert stopped.objective[-1] - whole.objective[-1] <= left
+
+
+def test_a_training_of_damped_steps_that_is_resumed_goes_on_from_what_was_applied() -> None:
+    """A step of less than 1 keeps a part of what the inputs were computed from: of nothing, they would shrink."""
+    problem, form, schedule = counts(12), Form(2), Schedule(30)
+    states: list[State] = []
+    engine = problem.engine(form, loss="poisson")
+    priors = problem.user_prior(form, "poisson"), problem.input_prior(form, loss="poisson")
+    of = LOSSES["poisson"], len(problem), problem.label_variance, schedule
+    whole = alternate(engine, *priors, *of, save=states.append)
+    damped = [state for state in states if state.step < 1]
+    assert damped
+    for state in damped[:3]:
+        again = problem.engine(form, loss="poisson")
+        again.inputs, again.applied = state.vectors, state.applied
+        fit = alternate(again, *priors, *of, resume=state)
+        assert fit.objective[-1] < state.objective[-1] + 1e-3 * len(problem)
+        assert fit.objective[-1] < whole.objective[-1] + 0.1 * len(problem)
+        size = np.abs(again.inputs.mean).sum() / np.abs(state.vectors.mean).sum()
+        assert 0.9 < size < 1.5
 
 
 def test_what_training_ends_with_is_not_worse_than_what_it_was_judged_by() -> None:

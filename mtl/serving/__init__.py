@@ -2,7 +2,7 @@
 
     tables ── source ──► refresh ──► store ──┐
                             │                ├──► view ──► service ──► http
-              takeover, coverage             │      │        │  (api, requests, openapi, metrics, gauges)
+     takeover, coverage, history             │      │        │  (api, requests, ranking, openapi, metrics, gauges)
                             ▼                │      │        ├── inspection, neighbours
                          overlay ────────────┘◄─────│── observer ◄── choices (bandit)
                                                     │        ▼

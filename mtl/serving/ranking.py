@@ -32,19 +32,21 @@ class Ranked(NamedTuple):
     def rescored(self, rescore: Rescore, user: str) -> Ranked:
         """
         Raises:
-            ValueError: there is not one finite score a candidate.
+            ValueError: there is not one score a candidate, or one is no number or +∞.
         """
         if not self.ids:
             return self
         scores = np.asarray(rescore(user, self.ids, self.scores.tolist(), self.stds.tolist()), float)
-        if scores.shape != (len(self.ids),) or not np.isfinite(scores).all():
+        if scores.shape != (len(self.ids),) or not (scores < np.inf).all():
             raise ValueError(
-                f"{len(self.ids)} finite scores are wanted, one a candidate, and it gave shape {scores.shape}"
+                f"{len(self.ids)} numbers are wanted, one a candidate, none of them +inf; it gave {scores}"
             )
         return self._replace(scores=scores)
 
     def best(self, k: int) -> list[api.Score]:
-        order = np.argsort(-self.scores, kind="stable")[:k]
+        """The k largest scores; what was given −∞ is left out."""
+        order = np.argsort(-self.scores, kind="stable")
+        order = order[self.scores[order] > -np.inf][:k]
         return [api.Score(self.ids[i], float(self.scores[i]), float(self.stds[i])) for i in order]
 
 

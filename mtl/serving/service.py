@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -51,10 +52,11 @@ from mtl.serving.view import Found, InTime, View, open_view
 log = logging.getLogger("mtl")
 
 MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
-_LONGEST_MS = 60_000.0  # of a deadline
+_LONGEST_MS, _LONGEST_BATCH_MS = 60_000.0, 10_000.0  # of a deadline
 _RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
 _EVALUATORS = 32  # threads, which wait for functions and run none
 _RESCORERS = 4  # threads, which may hang
+_TELL_SECONDS = 10.0  # between two lines of the same
 
 Result = TypeVar("Result")
 
@@ -74,6 +76,7 @@ class Service:
     view: View | None = None
     checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
     staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
+    _told_at: float = field(default=-math.inf, init=False)  # of serve.rescore
     admission: Admission | None = field(default=None, init=False)  # None: no objective
     # Of its own: who waits for feature functions must not keep others from a thread.
     _evaluators: ThreadPoolExecutor = field(
@@ -129,7 +132,9 @@ class Service:
         request = decode(BATCH, body)
         if len(request.requests) > self.settings.max_batch:
             raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        view, ends = self.shown(), self.ends(request.deadline_ms)
+        # A batch is of one version, which is kept for a while after another is shown.
+        view, wanted = self.shown(), request.deadline_ms
+        ends = self.ends(wanted if wanted is None else min(wanted, _LONGEST_BATCH_MS))
         answers = [self._at_once(one, view) or await self._predict(one, view, ends) for one in request.requests]
         return _encode(api.BatchAnswer(answers))
 
@@ -258,10 +263,17 @@ class Service:
         try:
             return await asyncio.wait_for(doing, max(0.0, ends - _RESERVE - time.monotonic()))
         except asyncio.TimeoutError:
+            self._tell("serve: serve.rescore has not answered in time")
             return None
         except Exception as error:
-            log.error("serve: serve.rescore failed: %s: %s", type(error).__name__, error)
+            self._tell(f"serve: serve.rescore failed: {type(error).__name__}: {error}")
             return None
+
+    def _tell(self, what: str) -> None:
+        """Log it, now and then."""
+        if time.monotonic() > self._told_at + _TELL_SECONDS:
+            log.error(what)
+            self._told_at = time.monotonic()
 
     # Exploring.
 

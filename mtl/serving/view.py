@@ -7,6 +7,7 @@ inputs that have none are the :class:`mtl.serving.evaluator.Evaluator`'s.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ import numpy as np
 from mtl import blocks, gaussian
 from mtl.config import ServeSettings
 from mtl.effects import Offsets, of_one
+from mtl.errors import MtlError
 from mtl.features import Features
 from mtl.forms import partly_given
 from mtl.gaussian import Array
@@ -32,6 +34,8 @@ from mtl.serving.overlay import Overlay, Pending, is_covered
 from mtl.serving.records import cycle_of, digest, prefix, unpack_user
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
+
+log = logging.getLogger("mtl")
 from mtl.working import settle
 
 Attributes = Mapping[str, Any]
@@ -150,7 +154,11 @@ class View:
     @cached_property
     def unknown_input(self) -> Array:
         """Features of an input of which nothing is known, (width,)."""
-        return self.evaluator.complete([{}])[0]
+        try:
+            return self.evaluator.complete([{}])[0]
+        except (MtlError, EncodingError) as error:
+            log.warning("serve: inputs without features are taken for the average one, for %s", error)
+            return self.evaluator.unreached(1)[0]
 
     # Users.
 

@@ -22,9 +22,9 @@ import pandas as pd
 from prequential import CACHE, append
 from pyspark.sql import SparkSession
 
-from mtl import schema
 from mtl.config import Settings, load_settings
 from mtl.datasets import fetch_movielens, movielens
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID
@@ -52,7 +52,7 @@ def main() -> None:
         settings = load_settings([], [f"tables.root={folder}/learnt", "care.compact_every_batches=0"])
         spark = open_session(settings.spark, "bench arrivals")
         learnt = Tables(spark, settings.tables.root)
-        learnt.create(*schema.SCHEMAS)
+        learnt.create(*SCHEMAS)
         learnt.append(INPUTS, spark.createDataFrame(data.inputs.to_pandas()), evolve=True)
         learnt.append(USER_ATTRIBUTES, spark.createDataFrame(data.users.to_pandas()), evolve=True)
         append(learnt, ratings.iloc[before])

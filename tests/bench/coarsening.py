@@ -31,7 +31,7 @@ from school import MODEL, TEST_FRACTION, tested
 from mtl import figures
 from mtl.gaussian import Array
 from mtl.schema import INPUT_ID, LABEL, USER_ID
-from mtl.score import _states
+from mtl.score import states_of
 from mtl.serving import scorer
 from mtl.serving.cache import RowCache
 from mtl.serving.classes import ClassFunction, Clustered, Exact, Extents, Hashed, Rounded
@@ -103,7 +103,7 @@ def families(z: Array) -> dict[str, dict[str, ClassFunction]]:
 def users_of(fitted: Fitted, ids: pd.Series) -> list[scorer.Weights]:
     """The user of every row, ready to score with."""
     model, states = fitted.model, fitted.states
-    a, b, prior_mean = _states(
+    a, b, prior_mean = states_of(
         states.append_column(INPUT_ID, [[None] * len(states)]), np.arange(len(states)), len(states), model
     )
     posterior = model.user_posteriors(a, b, prior_mean)

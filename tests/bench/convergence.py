@@ -22,6 +22,7 @@ from synthetic import RANK, write_events
 from mtl import schema
 from mtl.config import load_settings
 from mtl.fitting import train
+from mtl.layout import SCHEMAS
 from mtl.score import PREDICTION, score_rows
 from mtl.session import open_session
 
@@ -79,7 +80,7 @@ def als(seen: DataFrame, test: DataFrame, k: int, iterations: int, regularizatio
 
 
 def oracle_mtl(spark: SparkSession, seen: DataFrame, test: DataFrame, assignments: list[str]) -> float:
-    empty = (spark.createDataFrame([], schema.SCHEMAS[name]) for name in (schema.INPUTS, schema.USER_ATTRIBUTES))
+    empty = (spark.createDataFrame([], SCHEMAS[name]) for name in (schema.INPUTS, schema.USER_ATTRIBUTES))
     trained = train(seen, *empty, load_settings([], assignments))
     try:
         model = trained.model(1, schema.LIVE, 0, 0)

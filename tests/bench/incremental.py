@@ -1,7 +1,8 @@
 """Retraining on the events since the live version alone, against training on all: seconds, and error on events held out.
 
 Events of a planted model; the last part of them comes after a first version. Then in turn, from the same tables: that version with
-its users brought up to date (no retraining), incremental training, and training on all events, cold and from the first version.
+its users brought up to date (train.lock of its features), incremental training, and training on all events, cold and from
+the first version.
 
     python tests/bench/incremental.py [--events 1000000] [--later 0.3]
 """
@@ -22,6 +23,7 @@ from synthetic import RANK, write_events
 
 from mtl import schema
 from mtl.config import Settings, load_settings
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.score import PREDICTION, score
@@ -54,7 +56,7 @@ def main() -> None:
         place = F.pmod(F.xxhash64("event_id"), F.lit(10_000)) / 10_000
         test = rows.where(place >= 0.98).persist()
         later = (place >= 0.98 - arguments.later) & (place < 0.98)
-        tables.create(*schema.SCHEMAS)
+        tables.create(*SCHEMAS)
         for batch, part in (("first", place < 0.98 - arguments.later), ("later", later)):
             columns = ("event_id", "user_id", "input_id", "label", "weight")
             tables.append(schema.EVENTS, rows.where(part).select(*columns, F.lit(batch).alias(schema.BATCH)))

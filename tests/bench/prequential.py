@@ -30,6 +30,7 @@ from pyspark.sql import functions as F
 from mtl import schema
 from mtl.config import Settings, load_settings
 from mtl.datasets import fetch_movielens, movielens
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, EVENTS, INPUT_ID, INPUTS, LABEL, USER_ATTRIBUTES, USER_ID, WEIGHT
@@ -118,7 +119,7 @@ def run(
     batch: int,
 ) -> dict:
     tables = Tables(spark, settings.tables.root)
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     part_of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
     comes = inputs[INPUT_ID].map(pd.Series(part_of, ratings[INPUT_ID]).groupby(level=0).first())
 

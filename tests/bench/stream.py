@@ -34,6 +34,7 @@ from mtl import gaussian, schema
 from mtl.arrow import lists
 from mtl.config import load_settings
 from mtl.features import feature_rows
+from mtl.layout import SCHEMAS
 from mtl.model import Model, model_row
 from mtl.models import publish
 from mtl.schema import MODEL_VERSION, USER_ID
@@ -72,7 +73,7 @@ def main() -> None:
 def prepare(spark: SparkSession, root: Path, n_users: int, k: int) -> tuple[Tables, Model]:
     """A live model, its features, and ``n_users`` users that each have some events already; and a copy of users."""
     tables = Tables(spark, str(root))
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     model, inputs = random_model(k)
     rows = spark.createDataFrame(shared_rows(model, inputs))
     tables.append(schema.FEATURES, rows)
@@ -100,7 +101,7 @@ def states(spark: SparkSession, n_users: int, d: int) -> DataFrame:
             never = pa.nulls(n, pa.timestamp("us", tz="UTC"))
             yield pa.record_batch([*columns, pa.array(np.ones(n, np.int64)), never], list(WRITTEN))
 
-    kinds = {column.name: column.dataType.simpleString() for column in schema.SCHEMAS[schema.USERS]}
+    kinds = {column.name: column.dataType.simpleString() for column in SCHEMAS[schema.USERS]}
     rows = spark.range(0, n_users, 1, 4).mapInArrow(partition, ", ".join(f"{name} {kinds[name]}" for name in WRITTEN))
     return rows.withColumn(MODEL_VERSION, F.lit(1).cast("long"))
 

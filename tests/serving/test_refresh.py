@@ -22,6 +22,7 @@ from mtl import gaussian, schema
 from mtl.arrow import lists
 from mtl.config import load_settings
 from mtl.features import Features, feature_rows
+from mtl.layout import PARTITIONED_BY
 from mtl.schema import (
     EVENT_ID,
     EVENTS,
@@ -77,7 +78,7 @@ class Tables:
         self.view: View | None = None
 
     def append(self, table: str, rows: pa.Table, metadata: str = "", mode: str = "append") -> None:
-        by = schema.PARTITIONED_BY.get(table)
+        by = PARTITIONED_BY.get(table)
         properties = CommitProperties(custom_metadata={"userMetadata": metadata}) if metadata else None
         write_deltalake(self.root / table, rows, mode=mode, partition_by=by, commit_properties=properties)  # type: ignore[call-overload]
 

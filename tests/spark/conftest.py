@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import SparkSession
 from streaming import TRAINED, append, rows, settings
 
-from mtl import schema
+from mtl.layout import SCHEMAS
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID
 from mtl.tables import Tables
@@ -22,7 +22,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Tables with a live model over the first events; users u0 … u14 and u90 and inputs x0 … x11 have attributes."""
     root = tmp_path_factory.mktemp("trained") / "tables"
     tables = Tables(spark, str(root))
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     random = np.random.default_rng(0)
     inputs = pd.DataFrame({INPUT_ID: [f"x{i}" for i in range(12)], "year": random.normal(size=12)})
     users = pd.DataFrame({USER_ID: [*(f"u{i}" for i in range(15)), "u90"], "age": random.normal(size=16)})

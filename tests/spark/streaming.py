@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 from mtl import schema
 from mtl.audit import audit
 from mtl.config import Settings, load_settings
+from mtl.layout import SCHEMAS
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, USERS, WEIGHT
 from mtl.tables import Tables
 from mtl.updater import Updater
@@ -45,12 +46,10 @@ def rows(events: np.ndarray, users: str = "u", inputs: str = "x") -> pd.DataFram
 
 def append(tables: Tables, events: pd.DataFrame, files: int = 1) -> None:
     """One commit."""
-    missing = [
-        F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[schema.EVENTS] if c.name not in events
-    ]
+    missing = [F.lit(None).cast(c.dataType).alias(c.name) for c in SCHEMAS[schema.EVENTS] if c.name not in events]
     new = tables.spark.createDataFrame(events).select("*", *missing)
     new = new.coalesce(1) if files == 1 else new.repartition(files)
-    tables.append(schema.EVENTS, new.select(schema.SCHEMAS[schema.EVENTS].names))
+    tables.append(schema.EVENTS, new.select(SCHEMAS[schema.EVENTS].names))
 
 
 def vacuum(tables: Tables, table: str) -> None:

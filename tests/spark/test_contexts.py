@@ -20,6 +20,7 @@ from mtl.errors import ConfigError, InputError
 from mtl.evaluate import evaluate
 from mtl.explain import explain
 from mtl.ingest import ingest_events
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.portable import load_portable, save_portable
 from mtl.retrain import retrain
@@ -84,7 +85,7 @@ def test_training_stream_audit_and_evaluation_know_offsets_and_contexts(
 ) -> None:
     tables, now = Tables(spark, str(tmp_path / "tables")), settings(f"model.loss={loss}", CONTEXTS)
     events = everything(loss)
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     ingest(tables, tmp_path, events[:TRAINED], now)
     objective = retrain(tables, now)["objective"]
     assert max(np.diff(objective)) <= 1e-8 * abs(objective[0])
@@ -115,7 +116,7 @@ def effects(tables: Tables):
 def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Tables:
     folder = tmp_path_factory.mktemp("contexts")
     tables = Tables(spark, str(folder / "tables"))
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     ingest(tables, folder, everything()[:TRAINED], settings(CONTEXTS))
     retrain(tables, settings(CONTEXTS))
     return tables

@@ -23,6 +23,7 @@ from mtl.erase import _mentioning, erase
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_files
 from mtl.known import KnownEvents
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, MODEL_VERSION, USER_ID, WEIGHT
@@ -76,21 +77,21 @@ class Run:
         return path
 
     def users(self, version: int = 1) -> pd.DataFrame:
-        names = [f.name for f in schema.SCHEMAS[schema.USERS]]
+        names = [f.name for f in SCHEMAS[schema.USERS]]
         found = self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == version).select(*names)
         return found.toPandas().set_index(USER_ID).sort_index()
 
     def mentions(self, text: str) -> list[str]:
         """Tables that hold the text anywhere in a row, but in the models' pickles."""
         found = []
-        for table in schema.SCHEMAS:
+        for table in SCHEMAS:
             whole = self.tables.read(table).drop(schema.ARTEFACT)
             if not whole.where(F.to_json(F.struct("*")).rlike(rf"\b{text}\b")).isEmpty():
                 found.append(table)
         return found
 
     def vacuum(self) -> None:
-        for table in schema.SCHEMAS:
+        for table in SCHEMAS:
             self.tables.delta(table).vacuum(0)
 
 

@@ -21,6 +21,7 @@ from mtl.config import Settings, load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.evaluate import evaluate
 from mtl.ingest import ingest_events
+from mtl.layout import SCHEMAS
 from mtl.models import load_model, promote
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, LABEL, USER_ID
@@ -50,7 +51,7 @@ def file_of(folder: Path, events: np.ndarray) -> str:
 def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("incremental")
     tables = Tables(spark, str(folder / "tables"))
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     ingest_events(tables, settings(), file_of(folder, np.arange(FIRST)), {})
     assert retrain(tables, INCREMENTAL)["rows"] == FIRST  # the first version has nothing to begin from
     return folder / "tables"

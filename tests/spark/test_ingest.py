@@ -17,11 +17,13 @@ from pyspark.sql import functions as F
 from mtl import ingest as module
 from mtl import schema
 from mtl.batches import IngestReport, recover
+from mtl.command import parse_renames
 from mtl.config import load_settings
 from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_attributes, ingest_events, ingest_files
+from mtl.layout import SCHEMAS
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
-from mtl.read import match, open_file, parse_renames
+from mtl.read import match, open_file
 from mtl.schema import EVENTS, INPUTS, LEDGER, QUARANTINE, USER_ATTRIBUTES
 from mtl.tables import Tables
 
@@ -199,7 +201,7 @@ def test_what_cannot_be_read_is_one_clear_line_and_leaves_no_table(tables: Table
         ingest_files(tables, SETTINGS, events=good, inputs=str(tmp_path / "nowhere.csv"))
     with pytest.raises(InputError, match="nothing to ingest"):
         ingest_files(tables, SETTINGS)
-    assert not any(tables.exists(table) for table in schema.SCHEMAS)
+    assert not any(tables.exists(table) for table in SCHEMAS)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])

@@ -418,6 +418,14 @@ def test_a_column_that_comes_while_the_stream_runs_starts_it_again(tables: Table
     assert kept(tables) == once(range(8))
 
 
+def test_files_beside_one_whose_name_looks_like_a_pattern_are_read_once(tables: Tables, folder: Path) -> None:
+    drop(folder, "a[1].csv", rows(range(3)))
+    drop(folder, "b.csv", rows(range(3, 6), label=["bad", 1, 1]))
+    drop(folder, "c{2}.csv", rows(range(6, 8)))
+    assert tally(ingest_stream(tables, settings(folder, "source.max_files_per_trigger=9"))) == (8, 7, 0, 1)
+    assert kept(tables) == once(range(8)) - Counter(["e3"])
+
+
 def test_a_batch_that_another_stream_declared_dead_is_told(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from mtl.config import load_settings
 from mtl.encode import Encoder
 from mtl.errors import StateError
 from mtl.forms import Form
+from mtl.layout import SCHEMAS
 from mtl.model import Artefact, Model, model_of, model_row
 from mtl.models import load_model, next_version, promote, publish, rollback
 from mtl.prior import Prior
@@ -105,7 +106,7 @@ def test_the_next_version_clears_only_rows_that_no_version_owns(tables: Tables) 
     published(tables, LIVE)
     for version in (1, 2, 3):
         row = {schema.MODEL_VERSION: version, schema.USER_ID: "u", schema.N_EVENTS: 0}
-        tables.append(schema.USERS, tables.spark.createDataFrame([row], schema.SCHEMAS[schema.USERS]))
+        tables.append(schema.USERS, tables.spark.createDataFrame([row], SCHEMAS[schema.USERS]))
     assert next_version(tables) == 2
     left = tables.read(schema.USERS).select(F.collect_set(schema.MODEL_VERSION)).collect()[0][0]
     assert left == [1]

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from mtl import portable, schema
 from mtl.config import load_settings
 from mtl.errors import ConfigError
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, LABEL, USER_ID
@@ -40,10 +41,10 @@ class Saved:
 def filled(spark: SparkSession, root: Path) -> Tables:
     """Inputs x0 … x13 of which x12 and x13 have attributes alone, users u0 … u20 of which u20 likewise."""
     tables, p = Tables(spark, str(root)), PROBLEM
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     events = pd.DataFrame({USER_ID: [f"u{u}" for u in p.user], INPUT_ID: [f"x{x}" for x in p.input], LABEL: p.label})
     rows = spark.createDataFrame(events.assign(weight=1.0, event_id=[str(i) for i in range(len(events))]))
-    kinds = {field.name: field.dataType for field in schema.SCHEMAS[schema.EVENTS]}
+    kinds = {field.name: field.dataType for field in SCHEMAS[schema.EVENTS]}
     empty = [F.lit(None).cast(kind).alias(name) for name, kind in kinds.items() if name not in rows.columns]
     tables.append(schema.EVENTS, rows.select("*", *empty).select(*kinds))
     random = np.random.default_rng(0)

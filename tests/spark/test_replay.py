@@ -19,6 +19,7 @@ from mtl.audit import _users_equal_scratch, audit
 from mtl.config import Settings, load_settings
 from mtl.evaluate import evaluate
 from mtl.ingest import ingest_files
+from mtl.layout import SCHEMAS
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, INPUT_ID, LABEL, USER_ID, WEIGHT
@@ -48,7 +49,7 @@ def rows(loss: str, events: range, input: str | None = None) -> pd.DataFrame:
 
 def append(tables: Tables, events: pd.DataFrame, files: int) -> None:
     """One commit of several files."""
-    names = schema.SCHEMAS[schema.EVENTS]
+    names = SCHEMAS[schema.EVENTS]
     missing = [F.lit(None).cast(c.dataType).alias(c.name) for c in names if c.name not in events]
     new = tables.spark.createDataFrame(events).select("*", *missing).select(names.names)
     tables.append(schema.EVENTS, new.repartition(files, EVENT_ID))

@@ -20,6 +20,7 @@ from mtl.engine import SparkEngine
 from mtl.errors import StateError
 from mtl.features import Features, from_rows
 from mtl.forms import Form
+from mtl.layout import SCHEMAS
 from mtl.materialize import materialize
 from mtl.model import Model
 from mtl.models import load_model
@@ -58,8 +59,8 @@ def event_rows(problem: Problem) -> pd.DataFrame:
 
 def fill(tables: Tables, events: pd.DataFrame, inputs: pd.DataFrame | None, users: pd.DataFrame | None) -> Tables:
     spark = tables.spark
-    tables.create(*schema.SCHEMAS)
-    typed = {field.name: field.dataType for field in schema.SCHEMAS[EVENTS]}
+    tables.create(*SCHEMAS)
+    typed = {field.name: field.dataType for field in SCHEMAS[EVENTS]}
     rows = spark.createDataFrame(events)
     missing = [F.lit(None).cast(kind).alias(name) for name, kind in typed.items() if name not in rows.columns]
     tables.append(EVENTS, rows.select("*", *missing).select(*typed))
@@ -270,19 +271,13 @@ def test_no_events_and_labels_all_equal_are_told_and_leave_no_version(tables: Ta
     assert tables.read(MODELS).isEmpty()
 
 
-# --- Oracles and bare data --------------------------------------------------------------------------------------------
-
-
 def test_a_holdout_that_leaves_nothing_is_told(tables: Tables) -> None:
-    events = pd.DataFrame(
-        {EVENT_ID: ["a", "b"], USER_ID: ["u", "v"], INPUT_ID: ["x", "y"], LABEL: [1.0, 2.0], WEIGHT: 1.0}
-    )
-    tables.create(EVENTS)
-    missing = [F.lit(None).cast(c.dataType).alias(c.name) for c in schema.SCHEMAS[EVENTS] if c.name not in events]
-    new = tables.spark.createDataFrame(events).select("*", *missing)
-    tables.append(EVENTS, new.select(schema.SCHEMAS[EVENTS].names))
+    fill(tables, event_rows(PROBLEM.take(np.arange(5))), None, None)
     with pytest.raises(StateError, match=r"train\.holdout: all events are held out"):
         retrain(tables, settings("train.iterations=auto", "train.holdout=0.9999"))
+
+
+# --- Oracles and bare data --------------------------------------------------------------------------------------------
 
 
 def test_events_alone_are_enough_for_factorization(tables: Tables) -> None:

@@ -16,10 +16,10 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from streaming import TRAINED, append, rows
 
-from mtl import schema
 from mtl.config import Settings, load_settings
 from mtl.erase import erase
 from mtl.errors import StateError
+from mtl.layout import SCHEMAS
 from mtl.materialize import materialize
 from mtl.models import load_model, promote
 from mtl.retrain import retrain
@@ -48,7 +48,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A live model over the first events; inputs x0 … x13 and users u0 … u14 and u90 have attributes."""
     root = tmp_path_factory.mktemp("trained") / "tables"
     tables = Tables(spark, str(root))
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     random = np.random.default_rng(0)
     inputs = pd.DataFrame({INPUT_ID: [f"x{i}" for i in range(14)], "year": random.normal(size=14)})
     inputs["colour"] = random.choice(["red", "green"], 14)

@@ -12,6 +12,7 @@ from mtl import features, gaussian, schema
 from mtl.arrow import matrix
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
+from mtl.layout import SCHEMAS
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model
@@ -26,7 +27,7 @@ ZERO_WEIGHT = 0.1
 
 def filled(tables: Tables) -> Tables:
     """Choices, all of label 1: u90 has made none, and x12 was never chosen."""
-    tables.create(*schema.SCHEMAS)
+    tables.create(*SCHEMAS)
     random = np.random.default_rng(0)
     inputs = pd.DataFrame({INPUT_ID: [f"x{i}" for i in range(13)], "year": random.normal(size=13)})
     users = pd.DataFrame({USER_ID: [*(f"u{i}" for i in range(15)), "u90"], "age": random.normal(size=16)})

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtl.config import ServeSettings
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
+from mtl.schema import INPUTS
 from mtl.serving import api
+from mtl.serving.filters import matches
+from mtl.serving.records import digest
 from mtl.serving.scorer import Weights
 from mtl.serving.view import View
 
@@ -20,6 +23,7 @@ Rescore = Callable[[str, list[str], list[float], list[float]], Sequence[float]]
 
 _INLINE = 200_000  # inputs that one look through them all holds nobody up
 _SLACK = 32  # candidates beyond k
+_FILTERS = 100  # attributes of which the inputs that lack them are remembered
 
 
 class Ranked(NamedTuple):
@@ -57,10 +61,7 @@ def is_quick(view: View, request: api.TopRequest) -> bool:
 
 def best_of_all(view: View, user: Weights, request: api.TopRequest) -> Ranked:
     """The k best, and a few more: single precision and E[h] order almost as predictions do."""
-    excluded = view.excluded(
-        str(request.user) if request.exclude_seen else None, list(map(str, request.exclude)), request.where
-    )
-    rows = view.best(user, request.k + _SLACK, excluded)
+    rows = view.best(user, request.k + _SLACK, excluded(view, request))
     return scored(view, user, view.ids(rows), view.rows.take(rows, 0))
 
 
@@ -69,12 +70,68 @@ def scored(view: View, user: Weights, ids: list[str], rows: Array) -> Ranked:
     return Ranked(ids, *view.score(user, rows))
 
 
+# What a request leaves out.
+
+
 def wanted(view: View, request: api.TopRequest, candidates: Sequence[str | int]) -> list[str]:
     """Those of the candidates that nothing of the request leaves out."""
     drop = set(map(str, request.exclude))
     if request.exclude_seen:
-        drop |= set(view.ids(view.seen_rows(str(request.user))))
-    return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and view.has(c, request.where)]
+        drop |= set(view.ids(seen_rows(view, str(request.user))))
+    return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and has(view, c, request.where)]
+
+
+def excluded(view: View, request: api.TopRequest) -> np.ndarray | None:
+    """Rows of all that is left out: what the user has seen, inputs by name, and what lacks an attribute."""
+    out = []
+    if request.exclude_seen:
+        out.append(seen_rows(view, str(request.user)))
+    if request.exclude:
+        with view.store.reading() as transaction:
+            rows = [view.row_of(str(one), transaction) for one in request.exclude]
+        out.append(np.array([row for row in rows if row is not None], np.int64))
+    out += [_without(view, name, value) for name, value in request.where.items()]
+    return np.concatenate(out) if out else None
+
+
+def seen_rows(view: View, user: str) -> np.ndarray:
+    """Rows of the inputs that the user has acted on, as the events table and the observations say."""
+    key = digest(user)
+    with view.overlay.reading() as observed:
+        pending = view.overlay.pending(observed, key)
+        with view.store.reading() as transaction:
+            inputs = {*view.store.seen(transaction, key), *(digest(p.event.input_id) for p in pending)}
+            rows = (view.store.input_row(transaction, view.generation, identity) for identity in inputs)
+            return np.array([row for row in rows if row is not None and row < len(view.rows)], np.int64)
+
+
+def has(view: View, identity: str, where: api.Attributes) -> bool:
+    """Whether an input has all attributes of ``where``."""
+    if not where:
+        return True
+    with view.store.reading() as transaction:
+        attributes = view.store.attributes(transaction, identity) or {}
+    return all(matches(attributes.get(name), value) for name, value in where.items())
+
+
+def _without(view: View, name: str, value: Any) -> np.ndarray:
+    """Rows of the inputs that lack an attribute; looked through once for what is asked for, until attributes change."""
+    with view.store.reading() as transaction:
+        key = (name, repr(value), view.store.versions(transaction).get(INPUTS, -1))
+    lacking = view.lacking.get(key)
+    if lacking is None:
+        rows = np.arange(len(view.rows))
+        with view.store.reading() as transaction:
+            found = (view.store.attributes(transaction, one) for one in view.ids(rows))
+            are_so = np.fromiter((matches((a or {}).get(name), value) for a in found), bool, len(rows))
+        lacking = np.flatnonzero(~are_so)
+        if len(view.lacking) >= _FILTERS:
+            view.lacking.clear()
+        view.lacking[key] = lacking
+    return lacking
+
+
+# What rescores.
 
 
 def rescore_of(settings: ServeSettings) -> Rescore | None:

@@ -26,21 +26,18 @@ from mtl.gaussian import Array
 from mtl.losses import LOSSES, Loss
 from mtl.model import Model, model_of
 from mtl.prior import Prior
-from mtl.schema import INPUTS
 from mtl.serving import scorer
 from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
-from mtl.serving.filters import matches
 from mtl.serving.overlay import Overlay, Pending, is_covered
 from mtl.serving.records import cycle_of, digest, prefix, unpack_user
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
+from mtl.working import settle
 
 log = logging.getLogger("mtl")
-from mtl.working import settle
 
 Attributes = Mapping[str, Any]
 
-_FILTERS = 100  # attributes of which the inputs that lack them are remembered
 _SAMPLE = 2000  # inputs from which it is told what inputs are like
 _INDEX_LIMIT = 1_000_000  # ids of inputs whose row is remembered
 
@@ -83,13 +80,13 @@ class View:
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
     _index: dict[str, int] = field(default_factory=dict, repr=False)
-    _lacking: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict, repr=False)
+    lacking: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict, repr=False)  # see mtl.serving.ranking
     _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.d, self.version = self.model.d, self.model.version
         self.loss: Loss = LOSSES[self.model.loss]
-        self._prefix, self._generation = prefix(self.version), prefix(self.live.generation)
+        self._prefix, self.generation = prefix(self.version), prefix(self.live.generation)
 
     # Inputs.
 
@@ -136,7 +133,7 @@ class View:
         """Where an input's features are; None where it has none."""
         row = self._index.get(identity)
         if row is None:
-            row = self.store.input_row(transaction, self._generation, digest(identity))
+            row = self.store.input_row(transaction, self.generation, digest(identity))
             if row is None or row >= len(self.rows):
                 return None
             if len(self._index) >= _INDEX_LIMIT:
@@ -337,43 +334,7 @@ class View:
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         with self.store.reading() as transaction:
-            return self.store.input_ids(transaction, self._generation, rows)
-
-    def excluded(self, user: str | None, inputs: Sequence[str], where: Attributes) -> np.ndarray | None:
-        """Rows that top leaves out: what a user has seen, ``inputs``, and what lacks an attribute of ``where``."""
-        out = []
-        if user is not None:
-            out.append(self.seen_rows(user))
-        if inputs:
-            with self.store.reading() as transaction:
-                rows = [self.row_of(one, transaction) for one in inputs]
-            out.append(np.array([row for row in rows if row is not None], np.int64))
-        out += [self._without(name, value) for name, value in where.items()]
-        return np.concatenate(out) if out else None
-
-    def has(self, identity: str, where: Attributes) -> bool:
-        """Whether an input has all attributes of ``where``."""
-        if not where:
-            return True
-        with self.store.reading() as transaction:
-            attributes = self.store.attributes(transaction, identity) or {}
-        return all(matches(attributes.get(name), value) for name, value in where.items())
-
-    def _without(self, name: str, value: Any) -> np.ndarray:
-        """Rows of the inputs that lack an attribute; looked through once for what is asked for, until attributes change."""
-        with self.store.reading() as transaction:
-            key = (name, repr(value), self.store.versions(transaction).get(INPUTS, -1))
-        lacking = self._lacking.get(key)
-        if lacking is None:
-            rows = np.arange(len(self.rows))
-            with self.store.reading() as transaction:
-                found = (self.store.attributes(transaction, one) for one in self.ids(rows))
-                has = np.fromiter((matches((a or {}).get(name), value) for a in found), bool, len(rows))
-            lacking = np.flatnonzero(~has)
-            if len(self._lacking) >= _FILTERS:
-                self._lacking.clear()
-            self._lacking[key] = lacking
-        return lacking
+            return self.store.input_ids(transaction, self.generation, rows)
 
     @property
     def basis(self) -> list[str]:
@@ -382,16 +343,6 @@ class View:
         learnt = [f"f{i + 1}" for i in range(form.k)]
         inputs = [f"input_attribute_{column}" for column in form.input_columns]
         return ["intercept", *learnt, *inputs, *(f"user_attribute_{column}" for column in form.user_columns)]
-
-    def seen_rows(self, user: str) -> np.ndarray:
-        """Rows of the inputs that the user has acted on, as the events table and the observations say."""
-        key = digest(user)
-        with self.overlay.reading() as observed:
-            pending = self.overlay.pending(observed, key)
-            with self.store.reading() as transaction:
-                inputs = {*self.store.seen(transaction, key), *(digest(p.event.input_id) for p in pending)}
-                rows = (self.store.input_row(transaction, self._generation, identity) for identity in inputs)
-                return np.array([row for row in rows if row is not None and row < len(self.rows)], np.int64)
 
 
 def open_view(store: Store, overlay: Overlay, settings: ServeSettings, before: View | None = None) -> View | None:

@@ -36,7 +36,7 @@ from mtl.schema import (
     USER_ID,
     USERS,
 )
-from mtl.serving import takeover
+from mtl.serving import ranking, takeover
 from mtl.serving.observations import Event
 from mtl.serving.overlay import open_overlay
 from mtl.serving.records import digest
@@ -158,7 +158,7 @@ def test_files_that_are_gone_are_read_by_the_whole_table(tables: Tables, table: 
     for _ in range(2):
         view = tables.refresh()
         assert sorted(view.ids(range(len(view.rows)))) == ["x0", "x1", "x2"]
-        assert view.has("x2", {"year": 3.0})
+        assert ranking.has(view, "x2", {"year": 3.0})
         assert (user := view.weights_of("u2")) is not None
         assert user.n_events == 7
 

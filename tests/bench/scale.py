@@ -179,14 +179,15 @@ def report(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def exponents(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By axis and figure, d log figure / d log size between the axis' two largest points that there are."""
+    """By axis and figure, d log figure / d log size between the axis' two largest points that there are; users that have events."""
     found: dict[str, dict[str, float]] = {}
     for axis in AXES:
         along = [p for p in points if "failed" not in p and all(p[name] == BASE[name] for name in BASE if name != axis)]
         along.sort(key=lambda point: point[axis])
         if len(along) > 1:
             small, large = along[-2:]
-            step = math.log(large[axis] / small[axis])
+            size = "users_found" if axis == "users" else axis
+            step = math.log(large[size] / small[size])
             found[axis] = {name: round(math.log(large[name] / small[name]) / step, 2) for name in FIGURES}
     return found
 

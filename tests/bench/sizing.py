@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=4, help="that a retraining may take (default: %(default)s)")
     parser.add_argument("--per-second", type=float, default=5000, help="new events (default: %(default)s)")
     arguments = parser.parse_args()
-    points = [point for point in json.loads(arguments.scale.read_text())["points"] if "failed" not in point]
+    measured = json.loads(arguments.scale.read_text())["points"]
+    points = [{**point, "users": point["users_found"]} for point in measured if "failed" not in point]
     asked = {name: float(getattr(arguments, name)) for name in ("events", "users", "inputs", "k")}
     fits = {name: fit(name, points) for name in FIGURES}
     print(json.dumps({"asked": asked, "fits": fits, "needs": needs(fits, asked, arguments)}))

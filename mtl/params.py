@@ -111,7 +111,7 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
 
     rank: Param[int] = _param(
         "rank",
-        "number of learnt basis functions beside offset and intercept; not set: 20, or as many as there are users or items for (model.k).",
+        "number of learnt basis functions beside offset and intercept; not set: 20, or fewer with few users or items (model.k).",
         TypeConverters.toInt,
     )
     form: Param[str] = _param("form", "shared_basis or multilevel (model.form).", TypeConverters.toString)
@@ -162,7 +162,7 @@ class Training(HasLabelCol, HasWeightCol, HasMaxIter, HasTol):
     )
     settings: Param[dict[str, Any]] = _param(
         "settings",
-        "any other setting of conf/default.toml, section.key -> value; sections model, train, oracle, encode, function, supervised.",
+        f"any other setting of conf/default.toml, section.key -> value; sections {', '.join(_SECTIONS)}.",
         _to_dict,
     )
 

@@ -74,16 +74,25 @@ def sample(tables: Tables, batches: int) -> dict:
     for table in WATCHED:
         folder = Path(tables.root) / table
         detail = tables.delta(table).detail().first()
-        stored = [file for file in folder.rglob("*") if file.is_file()]
+        # Spark writes, renames and deletes meanwhile.
+        stored = {file: size for file in folder.rglob("*") if (size := size_of(file)) is not None}
         log = [file for file in stored if "_delta_log" in file.parts]
         found[table] = {
             "in_use": detail["numFiles"],
             "in_use_mb": round(detail["sizeInBytes"] / 1e6, 2),
             "on_disk": len(stored) - len(log),
-            "on_disk_mb": round(sum(file.stat().st_size for file in stored) / 1e6, 2),
+            "on_disk_mb": round(sum(stored.values()) / 1e6, 2),
             "log": len(log),
         }
     return {"batches": batches, "at": round(time.time(), 1), **found}
+
+
+def size_of(file: Path) -> int | None:
+    """Bytes; None where there is no file, or none any more."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except FileNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

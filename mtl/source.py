@@ -166,7 +166,9 @@ class Source:
     def _files(self, paths: list[str]) -> Iterator[SourceFile | DataFrame]:
         """Files of the same format and columns together, so that a micro-batch is few reads."""
         alike: dict[tuple[str, str], list[str]] = {}
-        for path in sorted(paths):
+        for path in sorted(
+            set(paths)
+        ):  # Spark's own list has files more than once beside one whose name is like a pattern
             try:
                 alike.setdefault(self._shape(path), []).append(path)
             except InputError as error:

@@ -194,7 +194,7 @@ def test_functions_fitted_as_spark_tasks_are_those_fitted_here(spark: SparkSessi
     weight[random.random((200, 5)) < 0.2] = 0.0
     oracle, fits = scikit_oracle(Tree, {"max_depth": 3, "random_state": 0}), SparkFits(spark)
     for repetition in range(2):
-        fitted = fits(oracle, z, target + repetition, weight)
+        fitted = fits(oracle, z, target + repetition, weight, list(range(5)))
         assert len(fitted) == 5
         for i, (function, predictions) in enumerate(fitted):
             expected = fit_one(oracle, z, target[:, i] + repetition, weight[:, i], i)[1]
@@ -207,7 +207,7 @@ def test_every_function_is_a_task_of_its_own(spark: SparkSession) -> None:
         return Linear(np.full(3, float(TaskContext.get().partitionId())))
 
     z, _ = grid(20)
-    fitted = SparkFits(spark)(oracle, z, np.zeros((20, 6)), np.ones((20, 6)))
+    fitted = SparkFits(spark)(oracle, z, np.zeros((20, 6)), np.ones((20, 6)), list(range(6)))
     assert [function.coefficients[0] for function, _ in fitted] == list(range(6))
 
 
@@ -217,7 +217,7 @@ def test_an_oracle_that_fails_in_a_task_is_the_same_error_as_here(spark: SparkSe
 
     z, _ = grid(20)
     with pytest.raises(
-        OracleError, match=re.escape("failed on basis function 0 (ValueError: no solver today)")
+        OracleError, match=re.escape("failed on basis function 2 (ValueError: no solver today)")
     ) as raised:
-        SparkFits(spark)(oracle, z, np.zeros((20, 3)), np.ones((20, 3)))
+        SparkFits(spark)(oracle, z, np.zeros((20, 3)), np.ones((20, 3)), [2, 4, 5])
     assert "\n" not in str(raised.value)

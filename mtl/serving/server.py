@@ -207,6 +207,7 @@ def run_worker(settings: Settings, folders: Folders, listener: socket.socket, te
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)  # workers are as many as cores
     asyncio.run(_work(settings.serve, folders, listener, tell, parent), **_loop())
+    os._exit(0)  # a thread in a function that hangs would be waited for
 
 
 async def _work(

@@ -228,12 +228,13 @@ def test_every_named_point_is_in_the_code() -> None:
 def test_kill_9_at_a_named_point(place: Place, name: str, point: str) -> None:
     inputs = place.folder / "inputs.csv"
     pd.DataFrame({"input_id": ["x14"], "year": [1999]}).to_csv(inputs, index=False)
-    if name == "update":
+    if "release" in point:  # of the first version, which does not know the input; the next one would
+        place.update()
+        place.ingest(None, str(inputs))
+    elif name == "update":
         place.retrain()  # a candidate, that the job brings up to date, compares and promotes
+    if name == "update":
         place.ingest(str(place.folder / LAST))
-        if "release" in point:
-            place.update()
-            place.ingest(None, str(inputs))
     more = place.write("more.csv", np.arange(len(PROBLEM)))
     arguments = {"ingest": ["--events", more], "retrain": [], "update": ["--available-now"]}[name]
     merging = ["--set", "update.rewrite_above=1"] if "merge" in point else []

@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_one_clear_line_and_leaves_no_table(tables: Table
     assert not any(tables.exists(table) for table in SCHEMAS)
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["csv", *(pytest.param(e, marks=pytest.mark.long) for e in ("jsonl", "parquet"))])
 def test_a_name_of_a_file_is_no_pattern(shared: Tables, tmp_path: Path, ending: str) -> None:
     for name, user in (("events[1]", f"in {ending}"), ("events1", "beside it")):
         frame, path = (

@@ -426,6 +426,7 @@ def test_files_beside_one_whose_name_looks_like_a_pattern_are_read_once(tables: 
     assert kept(tables) == once(range(8)) - Counter(["e3"])
 
 
+@pytest.mark.long
 def test_a_batch_that_another_stream_declared_dead_is_told(
     tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

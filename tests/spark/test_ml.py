@@ -308,6 +308,7 @@ def test_settings_of_functions_and_of_labels_go_by_settings(spark: SparkSession,
     assert np.corrcoef(scored[PREDICTION], scored.rating)[0, 1] > 0.5
 
 
+@pytest.mark.long
 def test_zeros_speak_of_users_without_events_in_recommendations_as_in_predictions(spark: SparkSession) -> None:
     rows = spark.createDataFrame(ratings().assign(rating=1.0))
     fitted = estimator(spark, weightCol=None, settings={**FAST, "model.implicit_weight": 0.1}).fit(rows)

@@ -233,6 +233,7 @@ def test_a_batch_that_comes_while_its_query_stops_is_for_the_next_run(live: Tabl
     assert broken(live) == []
 
 
+@pytest.mark.long
 def test_what_has_come_to_now_stops_after_the_batch_in_hand(live: Tables) -> None:
     for part in np.array_split(np.arange(TRAINED, len(PROBLEM)), 12):
         append(live, rows(part))
@@ -279,6 +280,7 @@ def test_nothing_is_released_past_a_batch_of_which_only_what_waits_was_written(
     assert broken(live) == []
 
 
+@pytest.mark.long
 def test_inputs_that_are_what_the_oracle_says_are_not_learnt(live: Tables) -> None:
     retrain(live, settings("oracle.residual=false"), promote=True)
     live.append(INPUTS, live.spark.createDataFrame(pd.DataFrame({INPUT_ID: ["new"], "year": [0.5]})))

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from mtl import features, schema
 from mtl.arrow import matrix
+from mtl.backlog import unreleased
 from mtl.batches import INGEST, batch_name
 from mtl.blocks import index_of
 from mtl.catalogue import describe_inputs
@@ -23,7 +24,7 @@ from mtl.losses import LOSSES
 from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
-from mtl.rebuild import applied, at_once, rebuilt, waiting_of
+from mtl.rebuild import applied, at_once, rebuilt
 from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
 from mtl.tables import Tables, as_long_as_kept
 
@@ -120,7 +121,7 @@ def _update_adds_up(tables: Tables, model: Model) -> Check:
         "streamed": streamed,
         "erased": -erased,
         "in_users": total,
-        "waiting": waiting_of(tables, model).where(F.col(schema.RELEASED).isNull()).count(),
+        "waiting": unreleased(tables, model.version).count(),
         "repeated_users": n - distinct,
     }
     if not check["holds"]:

@@ -93,10 +93,7 @@ def erase(
     if len(asked) > 1:
         raise InputError("ask for one thing at a time: users, events, a file of ids, or a file of corrections")
     tables.create(*SCHEMAS)
-    left = pending(tables)
-    if not any(begun.corrections for begun in left):  # whose own ingest may have died
-        _refuse_open_batches(tables, settings)
-    finished = {begun: _finish(tables, settings, begun) for begun in left}
+    finished = {begun: _finish(tables, settings, begun, is_begun=True) for begun in pending(tables)}
     done = [begun.id for begun in finished]
     if not asked:
         if not done:
@@ -111,7 +108,6 @@ def erase(
     for begun, report in finished.items():
         if (begun.key, set(begun.ids)) == (request.key, set(request.ids)) or not request.ids:
             return {**report, "finished": done}
-    _refuse_open_batches(tables, settings)
     if not request.ids:
         return {"erasure_id": None, "asked": 0, "finished": done}
     return {**_finish(tables, settings, request), "finished": done}
@@ -128,8 +124,10 @@ def _refuse_open_batches(tables: Tables, settings: Settings) -> None:
         )
 
 
-def _finish(tables: Tables, settings: Settings, erasure: Erasure) -> dict[str, Any]:
+def _finish(tables: Tables, settings: Settings, erasure: Erasure, is_begun: bool = False) -> dict[str, Any]:
     """All steps of an erasure, those that were done before included."""
+    if not (is_begun and erasure.corrections):  # whose own ingest may have died
+        _refuse_open_batches(tables, settings)
     ids = erasure.frame(tables)
     with ExitStack() as held:  # nobody else writes users meanwhile
         streams = []

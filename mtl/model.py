@@ -124,13 +124,8 @@ def model_of(row: Mapping[str, Any]) -> Model:
     """The model of a row of the models table; its artefact is unpickled, so take only rows that you trust.
 
     Raises:
-        StateError: it was made with a package that is not installed here, or by another version of this one.
+        StateError: it was made with a package that is not installed here.
     """
-    if schema.MU not in row:
-        raise StateError(
-            f"model version {row[schema.MODEL_VERSION]} was written by another version of oracle-mtl: train anew, into another "
-            "tables.root"
-        )
     try:
         artefact = cloudpickle.loads(row[schema.ARTEFACT])
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.arrivals import shared_inputs
+from mtl.backlog import unreleased
 from mtl.ledger import ledger_of
 from mtl.losses import LOSSES
 from mtl.materialize import features_of
@@ -37,8 +38,11 @@ def applied(tables: Tables, model: Model, commit: int) -> DataFrame:
 def at_once(tables: Tables, model: Model, commit: int) -> DataFrame:
     """The events of :func:`applied`, all in one turn: what a refit sees."""
     events, kept = snapshot(tables, commit)
-    unreleased = waiting_of(tables, model).where(F.col(schema.RELEASED).isNull()).select(EVENT_ID)
-    return kept(events).join(unreleased, EVENT_ID, "left_anti").withColumn(TURN, F.lit(TRAINING))
+    return (
+        kept(events)
+        .join(unreleased(tables, model.version).select(EVENT_ID), EVENT_ID, "left_anti")
+        .withColumn(TURN, F.lit(TRAINING))
+    )
 
 
 def rebuilt(tables: Tables, model: Model, events: DataFrame, only: DataFrame | None = None) -> DataFrame:

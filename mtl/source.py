@@ -31,6 +31,7 @@ from mtl.schema import EVENT_ID
 
 _FILES = "path string, modificationTime timestamp, length long, content binary"
 _VALUE = "value"
+_PATTERN = set("{}[]*?\\")  # characters in a name, of which Spark makes a pattern
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,8 @@ class Source:
     def _files(self, paths: list[str]) -> Iterator[SourceFile | DataFrame]:
         """Files of the same format and columns together, so that a micro-batch is few reads."""
         alike: dict[tuple[str, str], list[str]] = {}
-        for path in sorted(
-            set(paths)
-        ):  # Spark's own list has files more than once beside one whose name is like a pattern
+        # Spark's own list has files more than once beside one whose name is like a pattern.
+        for path in sorted(set(paths)):
             try:
                 alike.setdefault(self._shape(path), []).append(path)
             except InputError as error:
@@ -199,9 +199,6 @@ class Source:
         row = self.spark.createDataFrame([(json.dumps({"file": path}),)], f"{_VALUE} string")
         rows = row.withColumn(MALFORMED, F.lit(None).cast("string"))
         return refused_events(SourceFile(path, "jsonl", rows, (), line=_VALUE), _reason(path, error))
-
-
-_PATTERN = set("{}[]*?\\")  # of which Spark makes a pattern
 
 
 class _Drift(InputError):

@@ -81,9 +81,8 @@ class Fleet:
         self.streams: dict[int, Stream] = {}
         self.tallies: dict[int, dict[str, int]] = {}
         self.comparisons: dict[int, Comparison] = {}
-        self._compared: dict[
-            int, tuple[int, ...]
-        ] = {}  # batches of a candidate and of the live version, at the last comparison
+        # Batches of a candidate and of the live version, and which that was, at the last comparison.
+        self._compared: dict[int, tuple[int, ...]] = {}
         self.promoted: list[int] = []
         self._failed: dict[int, str] = {}  # candidates whose stream died: they hold nobody up
         self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops

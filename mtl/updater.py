@@ -36,6 +36,7 @@ from pyspark.sql import functions as F
 from mtl import arrivals, progress, schema
 from mtl.adder import Adder
 from mtl.arrow import matrix
+from mtl.backlog import unreleased
 from mtl.blocks import index_of
 from mtl.checkpoint import Checkpoint
 from mtl.errors import ReplayError
@@ -181,7 +182,7 @@ class Updater:
             if self.interrupted:
                 return 0
             self._resume_release()
-            inputs = _distinct_inputs(self._waiting().where(F.col(schema.RELEASED).isNull()))
+            inputs = _distinct_inputs(unreleased(self.tables, self.model.version))
             unknown = self._know(inputs)
             if len(unknown) == len(inputs):
                 return 0

@@ -201,10 +201,8 @@ class UserStep:
         """
         assert block.contexts is not None
         assert self.measured is not None
-        effect = self.effects[self.measured]
-        if not len(precision):
-            return np.zeros(len(effect.values)), np.zeros(len(effect.values))
-        code = block.contexts[:, self.measured]
+        # Without entries a block has forgotten how many contexts there are.
+        effect, code = self.effects[self.measured], block.contexts.reshape(-1, len(self.effects))[:, self.measured]
         rest = residual + precision * effect.mean[code]
 
         def of_values(values: Array) -> Array:

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from mtl.config import CONF, tomllib
+from mtl.tracking import _requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -76,3 +77,10 @@ for job in ("serve", "offpolicy"):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_logged_model_brings_what_it_imports():
+    wanted = " ".join(_requirements())
+    for name in ("pyspark", "numpy", "cloudpickle"):
+        assert name in wanted
+    assert "mlflow" not in wanted

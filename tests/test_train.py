@@ -22,9 +22,10 @@ from mtl.catalogue import Catalogue, Totals
 from mtl.config import load_settings
 from mtl.differentiable import LinearFunction
 from mtl.engine import LocalEngine
+from mtl.errors import ConfigError
 from mtl.features import Features
 from mtl.firstorder import Adam, FunctionBasis
-from mtl.fitting import _precision
+from mtl.fitting import _precision, _refuse_contradictions
 from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
@@ -376,6 +377,13 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(oracle: Oracle | 
     assert replace(checkpoint, key="of other data").load(problem.input_prior(2, oracle)) is None
 
 
+def test_a_checkpoint_that_cannot_be_read_is_started_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = Checkpoint(tmp_path / "state", "key")
+    checkpoint.path.write_bytes(b"torn")
+    assert checkpoint.load(planted(1).input_prior(2)) is None
+    assert "cannot be read: starting over" in caplog.text
+
+
 def test_an_optimizer_goes_on_from_where_it_was(tmp_path: Path) -> None:
     inputs = FunctionBasis.start(LinearFunction(), Adam(3, 0.1, 4), 5.0, 2, 3, 0.2, residual=True)
     inputs = replace(inputs, optimizer=replace(inputs.optimizer, t=7, learning_rate=0.025))
@@ -407,6 +415,13 @@ def test_counts_train_on_after_an_iteration_was_taken_back(seed: int, form: Form
     assert (np.diff(stopped.objective) <= 1e-9 * np.abs(stopped.objective[:-1])).all()
     left = (30 - stopped.iterations) * tolerance * len(problem)
     assert stopped.objective[-1] - whole.objective[-1] <= left
+
+
+@pytest.mark.parametrize("asked", ['model.per_user=["price"]', "model.form=multilevel"])
+def test_weights_on_attributes_that_the_oracle_does_not_see_are_refused(asked: str) -> None:
+    with pytest.raises(ConfigError, match=r'oracle\.kind "identity" sees no attributes of inputs'):
+        _refuse_contradictions(load_settings([], ["oracle.kind=identity", asked]), None)
+    _refuse_contradictions(load_settings([], [asked]), None)
 
 
 def test_a_training_of_damped_steps_that_is_resumed_goes_on_from_what_was_applied() -> None:

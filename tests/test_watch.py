@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mtl.backlog import delays
 from mtl.errors import ConfigError
+from mtl.switch import Comparison
 from mtl.watch import Watch
 
 
@@ -43,6 +44,16 @@ def test_a_scrape_has_what_the_last_look_took(watch: Watch, monkeypatch: pytest.
     assert loss == {"1": 0.5, "2": 0.4}
     assert (found["mtl_update_loss"].type, found["mtl_update_applied_events"].type) == ("gauge", "counter")
     assert all(family.documentation for family in found.values())
+
+
+def test_a_comparison_is_shown_while_its_version_is_a_candidate(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was refused or went live would keep an alert firing."""
+    monkeypatch.setattr("mtl.watch.models.candidates", lambda tables: [3])
+    monkeypatch.setattr("mtl.watch.ingested", lambda tables: (0, 0))
+    compared = {version: Comparison(10, 1.0, 2.0) for version in (2, 3)}
+    fleet: Any = SimpleNamespace(tables=None, streams={}, live=1, comparisons=compared, promoted=[])
+    shown = {labels["version"] for name, labels, _ in watch._of_fleet(fleet) if name == "compared_events"}
+    assert shown == {"3"}
 
 
 def test_a_look_that_fails_is_counted_and_stops_nothing(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,7 @@ class About(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """For whom inputs are judged, and in what context."""
 
     user: str | int
-    user_attributes: Attributes | None = (
-        None  # of a user of whom the tables know nothing; what is observed adds to them
-    )
+    user_attributes: Attributes | None = None  # of a user of whom the tables know nothing, whatever was observed
     offset: float = 0.0  # a known part of h
     context: Context = {}  # values of model.contexts
 

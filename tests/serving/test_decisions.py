@@ -123,6 +123,8 @@ def test_cautions_say_why_an_interval_may_be_too_narrow(tmp_path: Path) -> None:
         (lambda rows: rows.assign(reward=None), "uniform", "no decision has a reward"),
         (lambda rows: rows.assign(propensity=[None] + [0.5] * 9), "uniform", "row 0 has no propensity"),
         (lambda rows: rows, "nowhere.csv", "there is no nowhere.csv"),
+        (lambda rows: rows.assign(predicted=0.5, expected=[0.5, None] * 5), "uniform", "row 1 has no finite expected"),
+        (lambda rows: rows.assign(predicted="some", expected=0.5), "uniform", "row 0: predicted = 'some' is no number"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(change, policy: str, message: str, tmp_path: Path) -> None:
@@ -140,6 +142,7 @@ def test_chances_that_are_none_are_refused(tmp_path: Path) -> None:
             "no chances for decision_id = 0",
         ),
         (pd.DataFrame({"input_id": ["a"], "place": [1], "probability": [1.0]}), "the log has no column place"),
+        (pd.DataFrame({"input_id": [], "probability": []}), "there is no row"),
     ):
         with pytest.raises(InputError, match=message):
             estimate(log, written(rows, tmp_path / "policy.csv"), {})

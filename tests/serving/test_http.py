@@ -84,6 +84,25 @@ def test_a_batch_is_its_requests(client: Client) -> None:
     assert [one["scores"] for one in answer["answers"]] == alone
 
 
+def test_a_batch_is_of_one_version_whatever_comes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with calling(tmp_path, "serve.rivals=[2]") as client:
+        service, contest = client.service, client.service.contest
+        assert contest is not None
+        other, predict = contest.rivals[0].view, type(service)._predict
+        assert other is not None
+        monkeypatch.setattr(service, "contest", None)
+
+        async def then_switched(*of: Any) -> Any:
+            service.view = other
+            return await predict(service, *of)
+
+        monkeypatch.setattr(service, "_predict", then_switched)
+        requests = [{"user": "u1", "inputs": [{"year": 1}]}, {"user": "u2", "inputs": ["x1"]}]
+        _, answer = client.ask("POST", "/v1/predict/batch", {"requests": requests})
+        assert [one["model_version"] for one in answer["answers"]] == [1, 1]
+        assert client.ask("POST", "/v1/predict", requests[1])[1]["model_version"] == 2
+
+
 def test_top_is_the_best_of_all(client: Client) -> None:
     _, all_of_them = client.ask("POST", "/v1/predict", {"user": "u3", "inputs": [f"x{i}" for i in range(50)]})
     _, rest = client.ask("POST", "/v1/predict", {"user": "u3", "inputs": [f"x{i}" for i in range(50, INPUTS)]})

@@ -112,6 +112,17 @@ class Tables:
         assert of.optimize.compact()["numFilesRemoved"] > 1
         assert of.vacuum(0, dry_run=False, enforce_retention_duration=False)
 
+    def observed(
+        self, event: str, user: str, input: str, look_up: bool = False, covered: tuple[int, int] | None = None
+    ) -> None:
+        """An observation; ``covered``: one that landed, and is marked so."""
+        self.overlay.insert([(Event(event, user, input, 4.0, 1.0, "2026-01-01T00:00:00+00:00"), look_up)])
+        if covered:
+            every = {key: p for key, p in self.overlay.every().items() if p.event.event_id == event}
+            for pending in every.values():
+                pending.landed, pending.covered = (1, 0), covered
+            self.overlay.write(every)
+
     def refresh(self) -> View:
         self.refresher.refresh()
         self.view = open_view(self.store, self.overlay, load_settings().serve, self.view)
@@ -165,8 +176,8 @@ def test_files_that_are_gone_are_read_by_the_whole_table(tables: Tables, table: 
 
 def test_observations_among_events_whose_files_are_gone_count_once(tables: Tables) -> None:
     before = tables.refresh().weights_of("u1")
-    mine = [Event(f"mine{i}", "u1", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00") for i in range(2)]
-    tables.overlay.insert([(event, False) for event in mine])
+    for i in range(2):
+        tables.observed(f"mine{i}", "u1", "x1")
     tables.events("mine0", user="u1", input="x1")
     tables.events("other", user="u0", input="x0")
     tables.lose_files(EVENTS)
@@ -185,7 +196,7 @@ def test_observations_among_events_whose_files_are_gone_count_once(tables: Table
 def test_an_id_that_the_tables_had_counts_once_where_only_another_version_s_users_moved(tables: Tables) -> None:
     before = tables.refresh().weights_of("u0")
     assert before is not None
-    tables.overlay.insert([(Event("e0", "u0", "x0", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), True)])
+    tables.observed("e0", "u0", "x0", look_up=True)
     tables.users("u0", version=VERSION + 1)
     for _ in range(2):
         user = tables.refresh().weights_of("u0")
@@ -195,11 +206,7 @@ def test_an_id_that_the_tables_had_counts_once_where_only_another_version_s_user
 
 def test_a_later_cycle_does_not_count_again_what_a_row_contains(tables: Tables) -> None:
     tables.refresh()
-    tables.overlay.insert([(Event("mine", "u1", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
-    every = tables.overlay.every()
-    for pending in every.values():
-        pending.landed, pending.covered = (1, 0), (VERSION, 0)
-    tables.overlay.write(every)
+    tables.observed("mine", "u1", "x1", covered=(VERSION, 0))
     contains_all: Any = SimpleNamespace(model_version=VERSION, contains=lambda *of: True)
     tables.refresher.takeover.mark(contains_all, 99, None)
     view = open_view(tables.store, tables.overlay, load_settings().serve, None)
@@ -209,7 +216,7 @@ def test_a_later_cycle_does_not_count_again_what_a_row_contains(tables: Tables) 
 
 
 def test_observations_that_were_ingested_while_no_copy_was_there_count_once(tables: Tables) -> None:
-    tables.overlay.insert([(Event("e0", "u0", "x0", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
+    tables.observed("e0", "u0", "x0")
     seen: list[int] = []
     switch = tables.store.write_live
 
@@ -227,11 +234,7 @@ def test_observations_that_were_ingested_while_no_copy_was_there_count_once(tabl
 def test_an_observation_goes_with_its_erased_user(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(takeover, "GRACE_SECONDS", 0.0)
     tables.refresh()
-    tables.overlay.insert([(Event("mine", "u9", "x1", 4.0, 1.0, "2026-01-01T00:00:00+00:00"), False)])
-    every = tables.overlay.every()
-    for pending in every.values():
-        pending.landed, pending.covered = (1, 0), (VERSION, 5)
-    tables.overlay.write(every)
+    tables.observed("mine", "u9", "x1", covered=(VERSION, 5))
     tables.refresher.takeover.forget()  # there are marks to act on
     assert tables.refresh().weights_of("u9") is None
     assert tables.overlay.n_pending() == 0

@@ -51,7 +51,7 @@ def test_a_model_comes_back_from_its_row_as_it_was(tables: Tables) -> None:
 
 
 def test_a_version_that_needs_a_package_that_is_not_there_names_it() -> None:
-    row = {schema.MODEL_VERSION: 3, schema.MU: 0.0, schema.ARTEFACT: b"cno_such_package\nthing\n."}
+    row = {schema.MODEL_VERSION: 3, schema.ARTEFACT: b"cno_such_package\nthing\n."}
     with pytest.raises(StateError, match="model version 3 needs no_such_package, which is not installed"):
         model_of(row)
 

@@ -188,8 +188,9 @@ class Refresher:
     def _load_users(self, model: Model, cycle: int) -> None:
         columns = ", ".join(f'"{name}"' for name in _USER_COLUMNS)
         sql = f"select {columns} from t where {schema.MODEL_VERSION} = {model.version}"
-        for batch in self.source.query(USERS, sql, self._commits[USERS]):
-            self.store.write_users(model.version, _user_records(pa.table(batch), model, cycle))
+        batches = self.source.query(USERS, sql, self._commits[USERS])
+        records = (record for batch in batches for record in _user_records(pa.table(batch), model, cycle))
+        self.store.write_users(model.version, records)
         if USER_ATTRIBUTES in self._commits:
             for batch in self.source.query(USER_ATTRIBUTES, "select * from t", self._commits[USER_ATTRIBUTES]):
                 self._describe_users(model, pa.table(batch), cycle, whole=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lmdb
 import msgspec
@@ -24,7 +25,7 @@ from mtl.serving.records import cycle_of, digest, prefix
 
 _LIVE, _SEEN_VERSIONS, _POPULAR, _MODEL_LIST = b"live", b"versions", b"popular", b"model_list"
 _TABLES = (b"meta", b"models", b"users", b"index", b"ids", b"attributes", b"counts", b"seen", b"confirmed")
-_AT_ONCE = 5_000  # records a transaction
+_AT_ONCE = 10_000  # records a transaction
 
 
 class Live(msgspec.Struct, frozen=True):
@@ -44,6 +45,13 @@ class Popular(msgspec.Struct, frozen=True):
     input: str
     n_events: int
     mean_label: float
+
+
+class Acts(NamedTuple):
+    """Who acted on what, in some rows of the events table."""
+
+    seen: list[tuple[bytes, bytes]]  # digests of user and input; in the order of users each page is met once
+    counts: list[tuple[str, int, float]]  # of each input: its id, its events, and the sum of their labels
 
 
 class Store:
@@ -161,11 +169,11 @@ class Store:
         return versions["generation"]
 
     def write_users(self, version: int, users: Iterable[tuple[bytes, bytes]]) -> None:
-        """(digest, record) of users; a transaction holds at most a few thousand, each user whole."""
+        """(digest, record) of users, some thousands a transaction, each user whole."""
         for part in _parts(users):
+            part.sort(key=itemgetter(0))  # each page is met once
             with self.environment.begin(write=True) as transaction:
-                for user, record in part:
-                    transaction.put(prefix(version) + user, record, db=self._db[b"users"])
+                transaction.cursor(db=self._db[b"users"]).putmulti((prefix(version) + user, it) for user, it in part)
 
     def write_input_ids(self, generation: int, first: int, ids: Iterable[str]) -> None:
         """Ids of the rows from ``first`` on."""
@@ -182,31 +190,27 @@ class Store:
                 for identity, values in part:
                     transaction.put(digest(identity), msgspec.msgpack.encode(values), db=self._db[b"attributes"])
 
-    def write_events(self, version: int, users: list[bytes], inputs: list[str], labels: list[float]) -> None:
-        """What commit ``version`` of the events table tells of who acted on what, once."""
-        with self.environment.begin(write=True) as transaction:
-            versions = self.versions(transaction)
-            totals: dict[str, tuple[int, float]] = {}
-            for user, identity, label in zip(users, inputs, labels, strict=True):
-                n, total = totals.get(identity, (0, 0.0))
-                totals[identity] = n + 1, total + label
-                transaction.put(user, digest(identity), dupdata=True, db=self._db[b"seen"])
-            for identity, (n, total) in totals.items():
-                key = digest(identity)
-                known = transaction.get(key, db=self._db[b"counts"])
-                if known is not None:
-                    _, before, sum_before = msgspec.msgpack.decode(known)
-                    n, total = n + before, total + sum_before
-                transaction.put(key, msgspec.msgpack.encode((identity, n, total)), db=self._db[b"counts"])
-            transaction.put(
-                _SEEN_VERSIONS, msgspec.msgpack.encode({**versions, "events": version}), db=self._db[b"meta"]
-            )
+    def write_events(self, version: int, parts: Iterable[Acts], anew: bool = False) -> None:
+        """What commit ``version`` of the events table adds, in any number of parts; or, ``anew``, all that it holds.
 
-    def forget_events(self) -> None:
-        """Before the events table is read anew."""
+        One transaction: a reader sees all of it or nothing, and so does who begins again after a crash.
+        """
+        seen, counts, meta = self._db[b"seen"], self._db[b"counts"], self._db[b"meta"]
         with self.environment.begin(write=True) as transaction:
-            transaction.drop(self._db[b"counts"], delete=False)
-            transaction.drop(self._db[b"seen"], delete=False)
+            if anew:
+                transaction.drop(seen, delete=False)
+                transaction.drop(counts, delete=False)
+            for part in parts:
+                transaction.cursor(db=seen).putmulti(part.seen)
+                for identity, n, total in part.counts:
+                    key = digest(identity)
+                    known = transaction.get(key, db=counts)
+                    if known is not None:
+                        _, before, sum_before = msgspec.msgpack.decode(known)
+                        n, total = n + before, total + sum_before
+                    transaction.put(key, msgspec.msgpack.encode((identity, n, total)), db=counts)
+            together = {**self.versions(transaction), "events": version}
+            transaction.put(_SEEN_VERSIONS, msgspec.msgpack.encode(together), db=meta)
 
     def write_popular(self, most: int) -> None:
         """The inputs of most events, from the counts."""

@@ -240,7 +240,10 @@ def test_an_observation_goes_with_its_erased_user(tables: Tables, monkeypatch: p
     assert tables.overlay.n_pending() == 0
 
 
-def test_an_erasure_whose_reading_fails_is_begun_again(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [OSError("the network is down"), SystemExit()])
+def test_an_erasure_whose_reading_ends_early_is_begun_again(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
     tables.events("e1", user="u1", input="x1")
     tables.refresh()
     assert (tables.counts(), tables.seen("u1")) == ({"x0": 1, "x1": 1}, 1)
@@ -250,34 +253,32 @@ def test_an_erasure_whose_reading_fails_is_begun_again(tables: Tables, monkeypat
     query = source.query
 
     def fail(table: str, *of: Any) -> Any:
+        batches = query(table, *of)
         if table == EVENTS:
-            raise OSError("the network is down")
-        return query(table, *of)
+            yield next(batches)
+            raise failure
+        yield from batches
 
     with monkeypatch.context() as patch:
+        patch.setattr("mtl.serving.history._ROWS_AT_ONCE", 1)
         patch.setattr(source, "query", fail)
-        with pytest.raises(OSError, match="network"):
+        with pytest.raises(type(failure)):
             tables.refresh()
+    assert (tables.counts(), tables.seen("u1")) == ({"x0": 1, "x1": 1}, 1)  # all or nothing
     tables.refresh()
     assert (tables.counts(), tables.seen("u1")) == ({"x0": 2}, 0)
 
 
-def test_an_erasure_before_which_the_process_dies_is_done_by_the_next(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables.events("e1", user="u1", input="x1")
+def test_parts_of_a_commit_add_up(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtl.serving.history._ROWS_AT_ONCE", 2)
+    users, inputs = [f"u{i % 3}" for i in range(7)], [f"x{i % 2}" for i in range(7)]
+    ids, labels = [f"e{i + 1}" for i in range(7)], [float(i) for i in range(7)]
+    tables.append(EVENTS, pa.table({EVENT_ID: ids, USER_ID: users, INPUT_ID: inputs, LABEL: labels}))
     tables.refresh()
-    tables.events("e0", user="u0", input="x0", metadata=f"{schema.ERASURE}u1", mode="overwrite")
-
-    def die(self: Store) -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "forget_events", die)
-        with pytest.raises(SystemExit):
-            tables.refresh()
-    tables.refresh()
-    assert (tables.counts(), tables.seen("u1")) == ({"x0": 1}, 0)
+    assert tables.counts() == {"x0": 1 + 4, "x1": 3}
+    assert [tables.seen(user) for user in ("u0", "u1", "u2")] == [2, 2, 2]
+    with tables.store.reading() as transaction:
+        assert tables.store.count(transaction, "x1") == (3, 1.0 + 3 + 5)
 
 
 def test_zeros_speak_of_users_without_events_as_they_do_in_score(tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ class Rewards:
     def one(cls, versions: int, decision: Decision, reward: float) -> Rewards:
         """Of one decision.
 
-        A version that decided alone is not known to be better for it: the weighted sums, which are compared as if all versions
-        had been there from the first, leave it out. It is a sample of the version's mean reward all the same.
+        A version that decided alone is not known to be better for it: the weighted sums, which compare versions that might all
+        have decided, leave it out. It is a sample of the version's mean reward all the same.
 
         Raises:
             InputError: the reward is not in [0, 1].

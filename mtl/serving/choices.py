@@ -55,12 +55,18 @@ def choose(rows: Array, user: Weights, name: str, settings: ServeSettings) -> Dr
     return Drawn(place, propensity, name, float(place == best), 1 / len(rows))
 
 
+def name_of(one: str | Attributes) -> str:
+    """How the log calls an input."""
+    return one if isinstance(one, str) else of_attributes(one).hex()
+
+
 def logged(
     drawn: Drawn,
     user: str,
     chosen: str | Attributes,
     model_version: int,
     version_propensity: float,
+    versions: list[int],
     predicted_label: float,
     n: int,
 ) -> Choice:
@@ -68,7 +74,7 @@ def logged(
     return Choice(
         decision_id=uuid.uuid4().hex,
         user_id=user,
-        input_id=chosen if isinstance(chosen, str) else of_attributes(chosen).hex(),
+        input_id=name_of(chosen),
         propensity=drawn.propensity,
         policy=drawn.policy,
         greedy=drawn.greedy,
@@ -77,5 +83,6 @@ def logged(
         predicted_label=predicted_label,
         model_version=model_version,
         version_propensity=version_propensity,
+        versions=versions,
         event_time=datetime.now(timezone.utc).isoformat(),
     )

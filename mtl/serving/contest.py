@@ -6,8 +6,9 @@ server of that version would have. An observation is put into the observations o
 A rival competes while the update job follows it, as a candidate newer than the live version or as that itself. One that was
 refused, retired or overtaken is not answered from, nor told of observations: nobody would take them off its hands.
 
-Rewards are summed in one small LMDB environment that all workers share. The truth are the logs of decisions and rewards:
-from them it is made anew whenever the server starts.
+Rewards are summed in one small LMDB environment that all workers share: those over propensities apart for every set of
+competing versions, for what a version earned against others says nothing of a newcomer. The truth are the logs of decisions and
+rewards: from them it is made anew whenever the server starts.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Record:
         with self.environment.begin(write=True) as transaction:
             for row in rows:
                 if isinstance(row, Decided):
-                    told = msgspec.msgpack.encode((row.model_version, row.version_propensity))
+                    told = msgspec.msgpack.encode((row.model_version, row.version_propensity, row.versions))
                     transaction.put(digest(row.decision_id), told, db=self._with_room(transaction))
                 else:
                     self._reward(transaction, row)
@@ -79,11 +80,15 @@ class Record:
         told = next((value for value in found if value is not None), None)
         if told is None or not is_reward(row.reward):  # of one that is rewarded already; of before versions competed
             return
-        version, propensity = msgspec.msgpack.decode(told, type=tuple[int, float])
-        sums = self._rewards(transaction, [version]) + Rewards.one(1, Decision(0, propensity), row.reward)
-        transaction.put(
-            _key(version), msgspec.msgpack.encode([float(of[0]) for of in vars(sums).values()]), db=self._sums
-        )
+        version, propensity, versions = msgspec.msgpack.decode(told, type=tuple[int, float, list[int]])
+        if version not in versions:
+            return
+        sums = self._rewards(transaction, versions)
+        sums += Rewards.one(len(versions), Decision(versions.index(version), propensity), row.reward)
+        for at, one in enumerate(versions):
+            earned = msgspec.msgpack.encode((float(sums.n[at]), float(sums.total[at])))
+            transaction.put(_key(one), earned, db=self._sums)
+            transaction.put(_key(one, versions), msgspec.msgpack.encode(float(sums.weighted[at])), db=self._sums)
 
     def _with_room(self, transaction: lmdb.Transaction) -> Any:
         """Where the next decision goes."""
@@ -100,9 +105,12 @@ class Record:
             return self._rewards(transaction, versions)
 
     def _rewards(self, transaction: lmdb.Transaction, versions: Sequence[int]) -> Rewards:
-        found = (transaction.get(_key(version), db=self._sums) for version in versions)
-        sums = [(0.0, 0.0, 0.0) if one is None else msgspec.msgpack.decode(one) for one in found]
-        return Rewards(*np.array(sums).T)
+        def told(key: bytes, nothing: Any) -> Any:
+            value = transaction.get(key, db=self._sums)
+            return nothing if value is None else msgspec.msgpack.decode(value)
+
+        n, total = np.array([told(_key(one), (0.0, 0.0)) for one in versions]).T
+        return Rewards(n, total, np.array([told(_key(one, versions), 0.0) for one in versions]))
 
 
 def make_record(folder: Path, decisions: Path, feedback: Path) -> None:
@@ -167,6 +175,7 @@ class Drawn(NamedTuple):
 
     view: View
     propensity: float
+    versions: list[int]  # that might have been drawn
 
 
 @dataclass
@@ -210,11 +219,12 @@ class ByRewards(Contest):
 
     def draw(self, live: View, user: str) -> Drawn:
         views = list(self.competitors(live).values())
+        versions = [view.version for view in views]
         if len(views) == 1:
-            return Drawn(live, 1.0)
-        rewards = self.record.rewards([view.version for view in views])
+            return Drawn(live, 1.0, versions)
+        rewards = self.record.rewards(versions)
         place, propensity = self.policy.choose(rewards, np.random.default_rng())  # not safe to share between threads
-        return Drawn(views[place], propensity)
+        return Drawn(views[place], propensity, versions)
 
 
 @dataclass
@@ -229,9 +239,9 @@ class ByUser(Contest):
 
     def draw(self, live: View, user: str) -> Drawn:
         competitors = self.competitors(live)
-        split = FixedSplit([self.shares[place] for place in competitors])
-        place, propensity = split.choose(user)
-        return Drawn(list(competitors.values())[place], propensity)
+        views = list(competitors.values())
+        place, propensity = FixedSplit([self.shares[place] for place in competitors]).choose(user)
+        return Drawn(views[place], propensity, [view.version for view in views])
 
     def assigned(self, live: View, user: str) -> View:
         return self.draw(live, user).view
@@ -251,5 +261,5 @@ def _is_followed(version: int, models: Sequence[Mapping[str, Any]]) -> bool:
     return version == live or (status.get(version) == schema.CANDIDATE and version > live)
 
 
-def _key(version: int) -> bytes:
-    return version.to_bytes(8, "big")
+def _key(version: int, among: Sequence[int] = ()) -> bytes:
+    return b"".join(one.to_bytes(8, "big") for one in (version, *sorted(among)))

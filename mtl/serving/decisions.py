@@ -16,11 +16,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.dataset as ds
 
 from mtl.errors import InputError
 from mtl.gaussian import Array
-from mtl.schema import DECISION_ID, EXPECTED, INPUT_ID, PREDICTED, PROBABILITY, PROPENSITY, REWARD
+from mtl.schema import (
+    DECISION_ID,
+    EVENT_TIME,
+    EXPECTED,
+    INPUT_ID,
+    PREDICTED,
+    PROBABILITY,
+    PROPENSITY,
+    REWARD,
+    USER_ID,
+)
 from mtl.serving.offpolicy import Estimate, Log, Support, doubly_robust, ips, mean_rewards, snips, support
 
 log = logging.getLogger("mtl")
@@ -41,6 +52,11 @@ class Chances:
     actions: int
     chosen: Array  # its chance under the policy, (n,)
     of_all: Array | None = None  # of every action, (m,) or (n, m), where they are known
+
+    def at(self, rows: np.ndarray) -> Chances:
+        """Of some of the decisions."""
+        of_all = self.of_all if self.of_all is None or self.of_all.ndim == 1 else self.of_all[rows]
+        return Chances(self.action[rows], self.actions, self.chosen[rows], of_all)
 
 
 def estimate(
@@ -75,12 +91,13 @@ def estimate(
     n_all = len(rows)
     if missing is not None:
         rows[REWARD] = rows[REWARD].fillna(missing)
-    rows = rows[rows[REWARD].notna()].reset_index(drop=True)
-    if rows.empty:
+    told = rows[REWARD].notna().to_numpy()
+    if not told.any():
         raise InputError(f"{decisions}: no decision has a reward")
-    chances = chances_of(policy, rows, columns)
+    chances = chances_of(policy, rows, columns).at(told)  # actions that were never rewarded are actions too
+    rows = rows[told].reset_index(drop=True)
     acted = Log(rows[REWARD].to_numpy(float), rows[PROPENSITY].to_numpy(float), chances.chosen)
-    told = support(acted)
+    of_policy = support(acted)
     own = Log(acted.reward, acted.propensity, acted.propensity)
     model = _reward_model(decisions, rows, chances)
     found = {
@@ -95,8 +112,8 @@ def estimate(
         "actions": chances.actions,
         "confidence": confidence,
         **{name: asdict(value) if isinstance(value, Estimate) else None for name, value in found.items()},
-        "support": asdict(told),
-        "cautions": _cautions(told, acted),
+        "support": asdict(of_policy),
+        "cautions": _cautions(of_policy, acted),
     }
 
 
@@ -210,17 +227,30 @@ def _read(path: str, columns: Mapping[str, str]) -> pd.DataFrame:
     if len(suffixes) != 1 or (suffix := suffixes.pop()) not in _FORMATS:
         raise InputError(f"{path}: one file, or a folder of files of one kind, is wanted: {', '.join(_FORMATS)}")
     try:
-        parts = [ds.dataset(str(file), format=_FORMATS[suffix]).to_table() for file in files]
-        # A column may be null all through one file, or not there.
-        rows = pa.concat_tables(parts, promote_options="permissive").to_pandas()
-    except (pa.ArrowException, OSError) as error:
+        rows = _parts(files, suffix, columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     theirs = {theirs: ours for ours, theirs in columns.items() if theirs in rows.columns}
+    rows = rows.drop(columns=[ours for ours in theirs.values() if ours in rows.columns and ours not in theirs])
     rows = rows.rename(columns=theirs)
     for name in (INPUT_ID, DECISION_ID):
         if name in rows:
             rows[name] = rows[name].astype(str)
     return rows
+
+
+def _parts(files: list[Path], suffix: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of files of one kind; a column may be null all through one of them, or not there. Ids
+    and times are text."""
+    if _FORMATS[suffix] == "json":
+        options = {"lines": True, "dtype": False, "convert_dates": False, "precise_float": True}
+        return pd.concat([pd.read_json(file, **options) for file in files], ignore_index=True)
+    text = {columns.get(name, name): pa.string() for name in (DECISION_ID, USER_ID, INPUT_ID, EVENT_TIME)}
+    csv = ds.CsvFileFormat(convert_options=pyarrow.csv.ConvertOptions(column_types=text))
+    kind = csv if _FORMATS[suffix] == "csv" else _FORMATS[suffix]
+    return pa.concat_tables(
+        [ds.dataset(str(file), format=kind).to_table() for file in files], promote_options="permissive"
+    ).to_pandas()
 
 
 def _require(rows: pd.DataFrame, path: str, *names: str) -> None:

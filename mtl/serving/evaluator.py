@@ -15,6 +15,7 @@ already, in a thread of its own after the start. Until then nothing is coarse, a
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,7 @@ class Evaluator:
         self._asked: dict[bytes, float] = {}  # when each observed input may be asked for again
         self.studied: Studied | None = None
         self._guess = _guessed(model, self.plan.m, stored)
+        self._unknown: Array | None = None
         # Lanes' threads know nothing of the evaluator, and so end with it.
         weakref.finalize(self, _close, [*self.lanes, *self.encoding, self._apart])
 
@@ -209,6 +211,24 @@ class Evaluator:
             if len(self._asked) >= _MOST_ASKED:
                 self._asked.clear()
             self._asked[key] = now + _ASK_AGAIN_SECONDS
+
+    @property
+    def unknown(self) -> Array:
+        """Features of an input of which nothing is known, (width,): those of the average one until they are evaluated, and where
+        they cannot be."""
+        return self.unreached(1)[0] if self._unknown is None else self._unknown
+
+    def evaluate_unknown(self, seconds: float) -> None:
+        """Evaluate the features of an input of which nothing is known; wait so long for functions that may be slow, or hang."""
+        thread = threading.Thread(target=self._evaluate_unknown, name="unknown", daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+    def _evaluate_unknown(self) -> None:
+        try:
+            self._unknown = _whole(self.model, [{}])[0]
+        except Exception as error:
+            log.warning("serve: inputs without features are taken for the average one, for %s", error)
 
     def unreached(self, n: int) -> Array:
         """Features of inputs of which nothing was evaluated, (n, width)."""

@@ -27,14 +27,14 @@ def keep_like_the_tables(
     settings: ServeSettings,
     root: str,
     folder: Path,
-    log_folder: Path | None,
+    log_folder: Path,
     stopped: Callable[[], bool],
     version: int | None = None,
 ) -> None:
     """Refresh the store in ``folder`` until ``stopped``.
 
     Args:
-        log_folder: of observations, of which old ones are cleared away; None: that is another's task.
+        log_folder: of observations; old ones are cleared away by the refresher of the live version.
         version: see :class:`Refresher`.
     """
     store, overlay = Store(folder, settings.store_gb), Overlay(folder)
@@ -57,7 +57,9 @@ def keep_like_the_tables(
             failure, failures = told, failures + 1
         if began - cleared > _CLEAR_SECONDS:
             try:
-                clear_old(store, overlay, log_folder, settings.remember_hours * 3600)
+                if version is None:
+                    delete_segments(overlay, log_folder, settings.remember_hours * 3600)
+                forget_old(store, overlay, log_folder, settings.remember_hours * 3600)
             except (MtlError, lmdb.Error, OSError) as error:
                 log.error("serve: nothing old is cleared away: %s", error)
             cleared = began
@@ -68,21 +70,24 @@ def keep_like_the_tables(
     overlay.close()
 
 
-def clear_old(store: Store, overlay: Overlay, log_folder: Path | None, seconds: float) -> int:
-    """Delete segments of the log that are old and of which no event waits, then forget the ids; how many segments.
-
-    What processes that were killed were reading is free again.
-    """
-    for environment in (store.environment, overlay.environment):
-        environment.reader_check()
+def delete_segments(overlay: Overlay, log_folder: Path, seconds: float) -> int:
+    """Delete segments of the log that are older and of which no event waits; how many."""
     before, deleted = time.time() - seconds, 0
-    old = [path for path in sealed(log_folder) if path.stat().st_mtime < before] if log_folder else []
-    if old:
+    if old := [path for path in sealed(log_folder) if path.stat().st_mtime < before]:
         waiting = {pending.event.event_id for pending in overlay.every().values()}
         for path in old:
             if not any(event.event_id in waiting for event in read([path])):
                 path.unlink(missing_ok=True)
                 deleted += 1
-    overlay.forget_ids(before)
-    store.forget_confirmed(before - seconds)  # a segment may be younger than the first of its events
     return deleted
+
+
+def forget_old(store: Store, overlay: Overlay, log_folder: Path, seconds: float) -> None:
+    """Forget ids of events that are older, and what processes that were killed were reading."""
+    for environment in (store.environment, overlay.environment):
+        environment.reader_check()
+    before = time.time() - seconds
+    overlay.forget_ids(before)
+    # Of what is in the log still: the overlay may be made from it again. A segment may be younger than its first events.
+    oldest = min((path.stat().st_mtime for path in sealed(log_folder)), default=before)
+    store.forget_confirmed(min(before, oldest) - seconds)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -109,17 +110,27 @@ class Authorization:
     """Only requests with the bearer token pass, but for health checks."""
 
     def __init__(self, app: ASGIApp, token: str):
-        self.app, self.expected = app, f"Bearer {token}".encode()
+        self.app, self.token = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self.expected):
+            scheme, _, token = given.partition(b" ")
+            if not (hmac.compare_digest(token, self.token) and scheme.lower() == b"bearer"):
                 content = _encode(api.ErrorBody("unauthorized", "a bearer token is wanted in the header Authorization"))
                 response = Response(content, 401, {"www-authenticate": "Bearer"}, "application/json")
                 await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class _Any(PathConvertor):
+    """Ids: slashes and line ends too, but not nothing."""
+
+    regex = "(?s:.+)"
+
+
+register_url_convertor("any", _Any())
 
 
 def application(service: Service, metrics: Metrics) -> ASGIApp:
@@ -160,8 +171,8 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
         Route("/v1/predict/batch", endpoint("predict_batch", body(service.predict_batch)), methods=["POST"]),
         Route("/v1/choose", endpoint("choose", body(service.choose)), methods=["POST"]),
         Route("/v1/feedback", endpoint("feedback", body(service.feedback)), methods=["POST"]),
-        Route("/v1/users/{id:path}", endpoint("user", named(inspection.user)), methods=["GET"]),
-        Route("/v1/inputs/{id:path}", endpoint("input", named(inspection.input)), methods=["GET"]),
+        Route("/v1/users/{id:any}", endpoint("user", named(inspection.user)), methods=["GET"]),
+        Route("/v1/inputs/{id:any}", endpoint("input", named(inspection.input)), methods=["GET"]),
         Route("/v1/similar", endpoint("similar", query(inspection.similar)), methods=["GET"]),
         Route("/v1/popular", endpoint("popular", query(inspection.popular)), methods=["GET"]),
         Route("/v1/models", endpoint("models", query(inspection.models)), methods=["GET"]),

@@ -2,12 +2,14 @@
 
 A worker appends to a segment of its own, whose name begins with a dot: ingest passes over it. When it is old or large
 enough, and everything in it is in the overlay, it is *sealed* by a rename and never changes again. A segment whose worker
-died (nobody holds its lock) is recovered by the next that starts: a torn last line was never acknowledged and is cut off.
+died (nobody holds its lock) is recovered by the next that starts: a torn last line was never acknowledged and is cut off, and
+lines that are no JSON, which a machine that lost power may leave, are put into a file ``.damaged-…`` beside it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 import uuid
@@ -20,6 +22,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from mtl.errors import StateError
+
+log = logging.getLogger("mtl")
 
 _OPEN, _SEALED, _ENDING = ".open-", "observed-", ".jsonl"
 
@@ -58,6 +62,7 @@ class Decided(msgspec.Struct, frozen=True):
     decision_id: str
     model_version: int
     version_propensity: float  # the chance that this version had to decide; that of the input is given it
+    versions: list[int]  # that might have had to
 
 
 class Choice(Decided, frozen=True):
@@ -148,11 +153,16 @@ class ObservationLog:
         while True:
             self._path = self.folder / f"{_OPEN}{uuid.uuid4().hex}{_ENDING}"
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _sync_folder(self.folder)
+            except OSError:
+                os.close(file)
+                self._path.unlink(missing_ok=True)
+                raise
             if self._path.exists():  # a recovery may have found it before it was locked
                 break
             os.close(file)
-        _sync_folder(self.folder)
         self._opened_at, self.size = time.monotonic(), 0
         return file
 
@@ -192,13 +202,38 @@ def _recover_one(path: Path, file: BinaryIO, keep: Callable[[list[bytes]], objec
     whole = text.rfind(b"\n") + 1
     file.truncate(whole)
     os.fsync(file.fileno())
-    if whole:
-        keep(text[:whole].split(b"\n")[:-1])
+    lines = text[:whole].split(b"\n")[:-1]
+    if damaged := [line for line in lines if not _is_row(line)]:
+        lines = [line for line in lines if _is_row(line)]
+        aside = path.with_name(f".damaged-{path.name.removeprefix(_OPEN).removesuffix(_ENDING)}")
+        log.error("serve: %d lines of a worker that died are damaged: they are in %s", len(damaged), aside)
+        _put(aside, damaged)
+        _put(path, lines)
+    if lines:
+        keep(lines)
         _rename(path)
         _sync_folder(path.parent)
     else:
         path.unlink()
     return True
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return bool(_columns(line))
+    except msgspec.DecodeError:
+        return False
+
+
+def _put(path: Path, lines: Sequence[bytes]) -> None:
+    """A file of these lines in the place of what was there, on disk before it returns."""
+    beside = path.with_name(f".new-{path.name}")
+    with open(beside, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync_folder(path.parent)
 
 
 def sealed(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ the machine it is made from the log again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -152,7 +153,10 @@ class Overlay:
     def write(self, changed: dict[bytes, Pending]) -> None:
         """What the refresher learnt of observations."""
         with self.environment.begin(write=True) as transaction:
+            sequence = self._counter(transaction, _SEQUENCE) + 1  # what users are kept as may be otherwise now
+            transaction.put(_SEQUENCE, _number(sequence), db=self._meta)
             for key, pending in changed.items():
+                transaction.put(key[:DIGEST_BYTES], _number(sequence), db=self._revisions)
                 transaction.put(key, msgspec.msgpack.encode(pending), db=self._events)
                 if pending.look_up:
                     transaction.put(key, b"", db=self._asked)
@@ -174,6 +178,12 @@ class Overlay:
                 else:
                     transaction.delete(user, db=self._revisions)
             transaction.put(_SEQUENCE, _number(sequence), db=self._meta)
+
+    def remember(self, event_ids: Iterable[str]) -> None:
+        """Ids of observations that are not here, for they are in their users' rows."""
+        with self.environment.begin(write=True) as transaction:
+            for event_id in event_ids:
+                transaction.put(digest(event_id), _number(int(time.time())), db=self._ids)
 
     def forget_ids(self, before: float) -> int:
         """Ids that came before a time (seconds since 1970) and wait for nothing; observations need not wait for it."""
@@ -231,15 +241,11 @@ def open_overlay(
     for name in (path, path.with_name("overlay.lmdb-lock")):
         name.unlink(missing_ok=True)
     overlay = Overlay(folder)
-    part: list[tuple[Event, bool]] = []
-    for event in log_events:
-        if is_confirmed(event.event_id):
-            continue
-        part.append((event, True))
-        if len(part) == 1000:
-            overlay.insert(part)
-            part = []
-    overlay.insert(part)
+    events = iter(log_events)
+    while part := list(itertools.islice(events, 1000)):
+        confirmed = {event.event_id for event in part if is_confirmed(event.event_id)}
+        overlay.remember(confirmed)
+        overlay.insert([(event, True) for event in part if event.event_id not in confirmed])
     overlay.set_boot(boot)
     return overlay
 

@@ -76,9 +76,9 @@ def scored(view: View, user: Weights, ids: list[str], rows: Array) -> Ranked:
 def wanted(view: View, request: api.TopRequest, candidates: Sequence[str | int]) -> list[str]:
     """Those of the candidates that nothing of the request leaves out."""
     drop = set(map(str, request.exclude))
-    if request.exclude_seen:
-        drop |= set(view.ids(seen_rows(view, str(request.user))))
-    return [c for c in dict.fromkeys(map(str, candidates)) if c not in drop and has(view, c, request.where)]
+    seen = seen_inputs(view, str(request.user)) if request.exclude_seen else set()
+    left = (c for c in dict.fromkeys(map(str, candidates)) if c not in drop and digest(c) not in seen)
+    return [c for c in left if has(view, c, request.where)]
 
 
 def excluded(view: View, request: api.TopRequest) -> np.ndarray | None:
@@ -94,15 +94,21 @@ def excluded(view: View, request: api.TopRequest) -> np.ndarray | None:
     return np.concatenate(out) if out else None
 
 
-def seen_rows(view: View, user: str) -> np.ndarray:
-    """Rows of the inputs that the user has acted on, as the events table and the observations say."""
+def seen_inputs(view: View, user: str) -> set[bytes]:
+    """Digests of the inputs that the user has acted on, as the events table and the observations say."""
     key = digest(user)
-    with view.overlay.reading() as observed:
+    with view.overlay.reading() as observed:  # before the store: see mtl.serving.overlay
         pending = view.overlay.pending(observed, key)
         with view.store.reading() as transaction:
-            inputs = {*view.store.seen(transaction, key), *(digest(p.event.input_id) for p in pending)}
-            rows = (view.store.input_row(transaction, view.generation, identity) for identity in inputs)
-            return np.array([row for row in rows if row is not None and row < len(view.rows)], np.int64)
+            return {*view.store.seen(transaction, key), *(digest(p.event.input_id) for p in pending)}
+
+
+def seen_rows(view: View, user: str) -> np.ndarray:
+    """Rows of those of them that have features."""
+    inputs = seen_inputs(view, user)
+    with view.store.reading() as transaction:
+        rows = (view.store.input_row(transaction, view.generation, identity) for identity in inputs)
+        return np.array([row for row in rows if row is not None and row < len(view.rows)], np.int64)
 
 
 def has(view: View, identity: str, where: api.Attributes) -> bool:
@@ -124,11 +130,11 @@ def _without(view: View, name: str, value: Any) -> np.ndarray:
         with view.store.reading() as transaction:
             found = (view.store.attributes(transaction, one) for one in view.ids(rows))
             are_so = np.fromiter((matches((a or {}).get(name), value) for a in found), bool, len(rows))
-        lacking = np.flatnonzero(~are_so)
+        lacking = np.packbits(~are_so)
         if len(view.lacking) >= _FILTERS:
             view.lacking.clear()
         view.lacking[key] = lacking
-    return lacking
+    return np.flatnonzero(np.unpackbits(lacking, count=len(view.rows)))
 
 
 # What rescores.

@@ -246,7 +246,7 @@ async def _work(
     gc.freeze()  # what was loaded stays: the collector need not visit it
     gc.set_threshold(20_000, 20, 50)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    going = [asyncio.create_task(_keep_looking(service, measured, tell, parent, stop))]
+    going = [asyncio.create_task(_keep_looking(service, measured, tell)), asyncio.create_task(_outlive(parent, stop))]
     if service.admission is not None:
         tasks = server.server_state.tasks
         service.admission.begun = lambda: len(tasks)
@@ -257,21 +257,25 @@ async def _work(
     await loop.run_in_executor(None, observer.stop)
 
 
-async def _keep_looking(
-    service: Service, measured: metrics.Metrics, tell: Connection, parent: int, stop: Callable[[], None]
-) -> None:
-    loop, told = asyncio.get_running_loop(), False
+async def _outlive(parent: int, stop: Callable[[], None]) -> None:
+    """Nobody's worker for a moment, and no longer."""
     while os.getppid() == parent:
-        if service.view is not None and not told:
-            tell.send_bytes(b"ready")
-            told = True
+        await asyncio.sleep(MAX_VERSION_AGE)
+    stop()
+
+
+async def _keep_looking(service: Service, measured: metrics.Metrics, tell: Connection) -> None:
+    loop, told = asyncio.get_running_loop(), False
+    while True:
         try:
+            if service.view is not None and not told:
+                tell.send_bytes(b"ready")
+                told = True
             await loop.run_in_executor(None, service.look)
             measured.publish()
         except Exception:
             log.exception("serve: what the store shows now cannot be opened; going on with what it showed")
         await asyncio.sleep(MAX_VERSION_AGE)
-    stop()
 
 
 def _prepare_contest(settings: ServeSettings, folders: Folders) -> None:
@@ -323,9 +327,9 @@ def run_refresher(
     # What reads Delta is loaded here alone: the workers start without it.
     from mtl.serving.housekeeping import keep_like_the_tables
 
-    folder, log_folder = (folders.rival(version), None) if version else (folders.store, folders.log)
+    folder = folders.rival(version) if version else folders.store
     is_over = lambda: stopped or os.getppid() != parent  # noqa: E731
-    keep_like_the_tables(settings.serve, folders.root, folder, log_folder, is_over, version)
+    keep_like_the_tables(settings.serve, folders.root, folder, folders.log, is_over, version)
 
 
 class _Server(uvicorn.Server):
@@ -359,8 +363,11 @@ def _version_shown(folders: Folders, settings: ServeSettings) -> int | None:
 
 @contextmanager
 def _locked(folders: Folders) -> Iterator[None]:
-    """One server a store, and one root of tables."""
-    with exclusive(f"{folders.store}/lock", f"the server on {folders.store}"):
+    """One server a store and a log, and one root of tables."""
+    with (
+        exclusive(f"{folders.store}/lock", f"the server on {folders.store}"),
+        exclusive(f"{folders.log}/.lock", f"the server with the log {folders.log}"),
+    ):
         mark = folders.store / _ROOT
         if mark.exists() and mark.read_text() != folders.root:
             raise StateError(

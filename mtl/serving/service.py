@@ -56,6 +56,7 @@ _LONGEST_MS, _LONGEST_BATCH_MS = 60_000.0, 10_000.0  # of a deadline
 _RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
 _EVALUATORS = 32  # threads, which wait for functions and run none
 _RESCORERS = 4  # threads, which may hang
+_MOST_RESCORING = 64  # requests
 _TELL_SECONDS = 10.0  # between two lines of the same
 
 Result = TypeVar("Result")
@@ -77,6 +78,7 @@ class Service:
     checked_at: float = field(default=0.0, init=False)  # when store and tables last agreed, seconds since 1970
     staleness: float = field(default=-1.0, init=False)  # seconds since, at the last look
     _told_at: float = field(default=-math.inf, init=False)  # of serve.rescore
+    _rescoring: int = field(default=0, init=False)
     admission: Admission | None = field(default=None, init=False)  # None: no objective
     # Of its own: who waits for feature functions must not keep others from a thread.
     _evaluators: ThreadPoolExecutor = field(
@@ -259,15 +261,25 @@ class Service:
         """With the scores of ``serve.rescore``, where there is one; None where that fails, or has not answered in time."""
         if self.rescore is None:
             return ranked
+        if self._rescoring >= _MOST_RESCORING:
+            self._tell("serve: serve.rescore hangs, or is too slow for so many requests")
+            return None
         doing = asyncio.get_running_loop().run_in_executor(self._rescorers, ranked.rescored, self.rescore, user)
-        try:
-            return await asyncio.wait_for(doing, max(0.0, ends - _RESERVE - time.monotonic()))
-        except asyncio.TimeoutError:
+        self._rescoring += 1
+        doing.add_done_callback(self._end_rescoring)
+        await asyncio.wait([doing], timeout=max(0.0, ends - _RESERVE - time.monotonic()))
+        if not doing.done():
             self._tell("serve: serve.rescore has not answered in time")
             return None
-        except Exception as error:
+        if (error := doing.exception()) is not None:
             self._tell(f"serve: serve.rescore failed: {type(error).__name__}: {error}")
             return None
+        return doing.result()
+
+    def _end_rescoring(self, done: asyncio.Future[Ranked]) -> None:
+        self._rescoring -= 1
+        if not done.cancelled():
+            done.exception()  # looked at, or asyncio would tell of it
 
     def _tell(self, what: str) -> None:
         """Log it, now and then."""
@@ -285,18 +297,25 @@ class Service:
             raise Problem(422, "no_inputs", "inputs is empty: there is nothing to choose from")
         if len(given) > self.settings.max_inputs:
             raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
-        view, version_propensity = self.shown(), 1.0
+        inputs = [str(one) if isinstance(one, int) else one for one in given]
+        if len({*map(choices.name_of, inputs)}) < len(inputs):
+            raise Problem(
+                422, "repeated_inputs", "an input is there twice: its propensity would be that of one of the two"
+            )
+        view = self.shown()
+        version_propensity, versions = 1.0, [view.version]
         if self.contest is not None:
-            view, version_propensity = self.contest.draw(view, who)
+            view, version_propensity, versions = self.contest.draw(view, who)
         user, user_known = self._weights(view, request)
-        inputs, ends = [str(one) if isinstance(one, int) else one for one in given], self.ends(request.deadline_ms)
+        ends = self.ends(request.deadline_ms)
         found = await self.rows_in_time(view, inputs, user, ends, self.coarseness)
         policy = request.explore or self.settings.explore
         drawn = await asyncio.get_running_loop().run_in_executor(
             None, choices.choose, found.rows, user, policy, self.settings
         )
         score, std = (float(values[0]) for values in view.score(user, found.rows[[drawn.place]]))
-        row = choices.logged(drawn, who, inputs[drawn.place], view.version, version_propensity, score, len(inputs))
+        chosen = inputs[drawn.place]
+        row = choices.logged(drawn, who, chosen, view.version, version_propensity, versions, score, len(inputs))
         await self._log(row, "the decision")
         return _encode(
             api.ChooseAnswer(
@@ -321,7 +340,7 @@ class Service:
     async def observe(self, body: bytes) -> bytes:
         request = decode(OBSERVE, body)
         view = self.shown()
-        event = event_of(request, view.loss, view.model.contexts)
+        event = event_of(request, view.loss, self._contexts())
         is_new = await self._log(event, "the observation", look_up=request.event_id is not None)
         return _encode(api.ObserveAnswer(event.event_id, not is_new))
 
@@ -357,6 +376,11 @@ class Service:
         """Of the version that answers where nothing is decided."""
         return live if self.contest is None else self.contest.assigned(live, identity_of("user", about.user))
 
+    def _contexts(self) -> list[str]:
+        """Contexts that any of the competing versions has."""
+        views = [self.shown(), *(rival.view for rival in self._rivals() if rival.view is not None)]
+        return sorted({name for view in views for name in view.model.contexts})
+
     def _weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
         """The user's weights, with what else is in h of the request; and whether the user is known."""
         user, attributes = about.user, about.user_attributes
@@ -368,7 +392,8 @@ class Service:
         except EncodingError as error:
             raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
         if about.offset or about.context or view.model.artefact.effects:
-            context = context_of(about.context, view.model.contexts)
+            given = context_of(about.context, self._contexts())
+            context = {name: given[name] for name in given if name in view.model.contexts}
             found = scorer.moved(
                 found, *of_one(offset_of(about.offset, view.loss), context, view.model.artefact.effects)
             )

@@ -7,7 +7,6 @@ inputs that have none are the :class:`mtl.serving.evaluator.Evaluator`'s.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,7 +18,6 @@ import numpy as np
 from mtl import blocks, gaussian
 from mtl.config import ServeSettings
 from mtl.effects import Offsets, of_one
-from mtl.errors import MtlError
 from mtl.features import Features
 from mtl.forms import partly_given
 from mtl.gaussian import Array
@@ -34,12 +32,11 @@ from mtl.serving.scorer import Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
 
-log = logging.getLogger("mtl")
-
 Attributes = Mapping[str, Any]
 
 _SAMPLE = 2000  # inputs from which it is told what inputs are like
 _INDEX_LIMIT = 1_000_000  # ids of inputs whose row is remembered
+_UNKNOWN_SECONDS = 1.0  # that a version which is new here is waited for
 
 
 class Inputs(NamedTuple):
@@ -80,7 +77,9 @@ class View:
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
     _index: dict[str, int] = field(default_factory=dict, repr=False)
-    lacking: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict, repr=False)  # see mtl.serving.ranking
+    lacking: dict[tuple[str, str, int], np.ndarray] = field(
+        default_factory=dict, repr=False
+    )  # bits: mtl.serving.ranking
     _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,14 +147,10 @@ class View:
             found = [self.store.attributes(transaction, one) for one in ids]
         return [attributes for attributes in found if attributes]
 
-    @cached_property
+    @property
     def unknown_input(self) -> Array:
         """Features of an input of which nothing is known, (width,)."""
-        try:
-            return self.evaluator.complete([{}])[0]
-        except (MtlError, EncodingError) as error:
-            log.warning("serve: inputs without features are taken for the average one, for %s", error)
-            return self.evaluator.unreached(1)[0]
+        return self.evaluator.unknown
 
     # Users.
 
@@ -360,8 +355,9 @@ def open_view(store: Store, overlay: Overlay, settings: ServeSettings, before: V
     else:
         assert row is not None
         evaluator = Evaluator(model_of(row), settings, rows[_spread(len(rows))])
+        evaluator.evaluate_unknown(_UNKNOWN_SECONDS)
     view = View(live, evaluator.model, store, overlay, evaluator, settings.users_cached, rows, top)
-    view.unknown_input, view.unknown_weights  # noqa: B018  what the first request would wait for
+    view.unknown_weights  # noqa: B018  what the first request would wait for
     return view
 
 

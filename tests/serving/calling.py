@@ -88,7 +88,9 @@ def share_metrics() -> None:
 
 
 @contextmanager
-def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Effects = ()) -> Iterator[Client]:
+def calling(
+    folder: Path, *assignments: str, loss: str = "squared", effects: Effects = (), of_rivals: Effects = ()
+) -> Iterator[Client]:
     """A client of an application over a made-up store, and one for each of serve.rivals."""
     settings = load_settings([], list(assignments)).serve
     share_metrics()
@@ -98,7 +100,7 @@ def calling(folder: Path, *assignments: str, loss: str = "squared", effects: Eff
     folders = {version: folder / f"rival-{version}" for version in settings.rivals}
     rivals = [Rival(Store(at, 1), open_overlay(at, []), version) for version, at in folders.items()]
     for rival in rivals:
-        fill(rival.store, USERS, INPUTS, K, loss, seed=rival.version, effects=effects, version=rival.version)
+        fill(rival.store, USERS, INPUTS, K, loss, seed=rival.version, effects=of_rivals, version=rival.version)
     contest = contest_of(settings, rivals, Record(folder / "contest")) if rivals else None
     logs = folder / "observations", folder / "feedback", folder / "decisions"
     record = contest.record if contest else None

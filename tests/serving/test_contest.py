@@ -12,6 +12,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import pyarrow as pa
 import pytest
 from calling import USERS, Client, calling
 from made_up import fill
@@ -19,9 +20,11 @@ from running import Server, insist
 
 from mtl import schema
 from mtl.config import load_settings
+from mtl.effects import Effect
 from mtl.errors import ConfigError, StateError
 from mtl.serving import contest
 from mtl.serving.contest import Record, make_record
+from mtl.serving.observations import Decided, Rewarded
 from mtl.serving.server import Folders, _prepare_contest
 from mtl.serving.store import Store
 
@@ -189,14 +192,41 @@ def test_the_record_is_what_the_logs_say(tmp_path: Path) -> None:
 
 def test_the_record_reads_of_a_line_what_it_needs(tmp_path: Path) -> None:
     """JSON has no number for what an answer may have been."""
+    versions = {"model_version": 2, "version_propensity": 0.5, "versions": [1, 2]}
     for name, line in (
-        ("decisions", {"decision_id": "d", "predicted_label": None, "model_version": 2, "version_propensity": 0.5}),
+        ("decisions", {"decision_id": "d", "predicted_label": None, **versions}),
         ("feedback", {"decision_id": "d", "reward": 1.0, "event_time": None}),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "observed-1.jsonl").write_text(json.dumps(line) + "\n")
     make_record(tmp_path / "record", tmp_path / "decisions", tmp_path / "feedback")
     assert Record(tmp_path / "record").rewards([2]).total == [1.0]
+
+
+def test_what_versions_earned_against_others_is_not_held_against_a_newcomer(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    for i, version in enumerate([1, 2] * 50):
+        record.add([Decided(f"d{i}", version, 0.5, [1, 2]), Rewarded(f"d{i}", 1.0)])
+    before = record.rewards([2, 1])
+    assert before.weighted.tolist() == [100.0, 100.0]
+    against = record.rewards([1, 3])
+    assert (against.n.tolist(), against.total.tolist()) == ([50.0, 0.0], [50.0, 0.0])
+    assert against.weighted.tolist() == [0.0, 0.0]
+    record.add([Decided("new", 3, 0.25, [1, 3]), Rewarded("new", 1.0)])
+    assert record.rewards([3, 1]).weighted.tolist() == [4.0, 0.0]
+    assert record.rewards([1, 2]).weighted.tolist() == [100.0, 100.0]
+
+
+def test_a_context_of_one_version_is_no_mistake_to_another(tmp_path: Path) -> None:
+    hour = (Effect("hour", pa.array(["9"]), np.array([1.0, 0.0]), np.array([0.01, 0.1]), 0.1),)
+    with calling(tmp_path, "serve.rivals=[2]", "serve.contest=split", of_rivals=hour) as client:
+        for i in range(USERS):
+            body = {"user": f"u{i}", "inputs": INPUTS, "context": {"hour": "9"}}
+            assert client.ask("POST", "/v1/predict", body)[0] == 200
+            assert client.ask("POST", "/v1/choose", body)[0] == 200
+        event = {"user": "u1", "input": "x1", "label": 4.0, "context": {"hour": "9"}}
+        assert client.ask("POST", "/v1/observe", event)[0] == 200
+        assert client.ask("POST", "/v1/observe", {**event, "context": {"minute": "9"}})[0] == 422
 
 
 def test_decisions_that_nobody_rewards_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,3 +179,30 @@ def test_of_several_rewards_of_a_decision_the_first_counts(tmp_path: Path, caplo
     found = read_decisions(log, {}, written(later, tmp_path / "rewards.jsonl"))
     assert found["reward"].tolist() == rows["reward"].tolist()
     assert [record.args[-1] for record in caplog.records] == [8]
+
+
+def test_ids_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"input_id": ["2026-01-01", "2026-01-02"], "propensity": 0.5, "reward": [1.0, 0.0]})
+    for kind in ("csv", "jsonl"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        written(rows.assign(event_time="2026-01-31T12:00:00Z"), folder / f"1.{kind}")
+        written(rows.assign(input_id=["007", "b"], event_time="some time"), folder / f"2.{kind}")
+        found = read_decisions(str(folder), {})
+        assert found["input_id"].tolist() == ["2026-01-01", "2026-01-02", "007", "b"]
+    chances = pd.DataFrame({"input_id": ["007", "10"], "probability": [0.9, 0.1]})
+    log = written(pd.DataFrame({"input_id": ["007", "10"], "propensity": 0.5, "reward": 1.0}), tmp_path / "log.csv")
+    found = estimate(log, written(chances, tmp_path / "chances.csv"), {})
+    assert found["ips"]["value"] == pytest.approx(1.0)
+
+
+def test_a_column_that_is_named_is_taken_before_one_of_our_name(tmp_path: Path) -> None:
+    rows = decisions(20).assign(clicks=2.0)
+    assert set(read_decisions(written(rows, tmp_path / "log.csv"), {"reward": "clicks"})["reward"]) == {2.0}
+
+
+def test_an_input_that_was_never_rewarded_is_one_of_uniform_s(tmp_path: Path) -> None:
+    rows = decisions()
+    rows.loc[rows.input_id == "c", "reward"] = np.nan
+    found = estimate(written(rows, tmp_path / "log.parquet"), "uniform", {})
+    assert found["actions"] == 3

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from made_up import EVENTS_BEFORE
 from mtl.prior import Prior
 from mtl.serving import evaluator as evaluators
 from mtl.serving.evaluator import EncodingError, Evaluator
+from mtl.serving.view import open_view
 
 
 def evaluator_of(client: Client) -> Evaluator:
@@ -235,3 +237,28 @@ def test_every_route_answers_by_the_deadline(
         while ask() and time.monotonic() < ends:
             time.sleep(0.01)
         assert ask() == {}
+
+
+def test_a_function_that_hangs_does_not_keep_a_version_from_being_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, whole = threading.Event(), evaluators._whole
+
+    def wait(*of: Any) -> np.ndarray:
+        go.wait(20)
+        return whole(*of)
+
+    monkeypatch.setattr("mtl.serving.view._UNKNOWN_SECONDS", 0.05)
+    with calling(tmp_path) as client:
+        service = client.service
+        monkeypatch.setattr(evaluators, "_whole", wait)
+        began = time.monotonic()
+        view = open_view(service.store, service.overlay, service.settings)
+        assert time.monotonic() - began < 5
+        assert view is not None
+        np.testing.assert_array_equal(view.unknown_input, view.evaluator.unreached(1)[0])
+        go.set()
+        expected, ends = view.evaluator.complete([{}])[0], time.monotonic() + 10
+        while (view.unknown_input != expected).any() and time.monotonic() < ends:
+            time.sleep(0.01)
+        np.testing.assert_array_equal(view.unknown_input, expected)

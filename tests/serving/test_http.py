@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -165,6 +166,52 @@ def test_a_rescoring_hook_that_fails_or_is_late_leaves_the_order_as_it_was(
     assert answer.pop("rescored") is False
     assert {**answer, "staleness_s": 0} == {**plain, "staleness_s": 0}
     assert took < 5
+
+
+def test_requests_do_not_queue_for_a_rescoring_hook_that_hangs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, calls = threading.Event(), []
+    monkeypatch.setattr("mtl.serving.service._MOST_RESCORING", 2)
+    monkeypatch.setattr(client.service, "ends", lambda *_: time.monotonic() + 0.05)
+
+    def rescore(user: str, ids: list[str], scores: list[float], stds: list[float]) -> list[float]:
+        calls.append(user)
+        go_on.wait(10)
+        return scores
+
+    def top() -> bool:
+        return client.ask("POST", "/v1/top", {"user": "u3"})[1].get("rescored", True)
+
+    monkeypatch.setattr(client.service, "rescore", rescore)
+    assert [top() for _ in range(5)] == [False] * 5
+    assert len(calls) == 2
+    go_on.set()
+    monkeypatch.setattr(client.service, "ends", lambda *_: time.monotonic() + 5)
+    ends = time.monotonic() + 10
+    while not top() and time.monotonic() < ends:
+        client.loop.run_until_complete(asyncio.sleep(0.01))
+    assert top()
+
+
+def test_what_was_seen_is_no_candidate_though_it_has_no_features(client: Client) -> None:
+    described = f"x{INPUTS}"
+    request = {"user": "u9", "candidates": [described, "x1"], "exclude_seen": True}
+    assert {one["input"] for one in client.ask("POST", "/v1/top", request)[1]["scores"]} == {described, "x1"}
+    assert client.ask("POST", "/v1/observe", {"user": "u9", "input": described, "label": 4})[0] == 200
+    assert [one["input"] for one in client.ask("POST", "/v1/top", request)[1]["scores"]] == ["x1"]
+
+
+@pytest.mark.parametrize("inputs", [["x1", "x1"], ["1", 1], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
+def test_an_input_is_chosen_from_once(client: Client, inputs: list[Any]) -> None:
+    status, answer = client.ask("POST", "/v1/choose", {"user": "u1", "inputs": inputs})
+    assert (status, answer["error"]) == (422, "repeated_inputs")
+
+
+def test_ids_with_a_line_end_are_ids(client: Client) -> None:
+    for odd in ("odd\n", "o\nd/d"):
+        assert client.ask("POST", "/v1/observe", {"user": odd, "input": "x1", "label": 4})[0] == 200
+        assert client.ask("GET", f"/v1/users/{odd}")[1]["user"] == odd
+    assert client.ask("GET", "/v1/users/u1\n")[1]["known"] is False
+    assert client.ask("GET", "/v1/users/")[0] == 404
 
 
 def test_observe_is_in_the_next_prediction_once_and_on_disk(client: Client) -> None:
@@ -442,7 +489,8 @@ def test_with_a_token_only_probes_pass_without_it(tmp_path: Path) -> None:
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         for wrong in ("Bearer nothing", "open sesame", "", "Bearer open sesame "):
             assert client.send("GET", "/v1/popular", headers={"authorization": wrong})[0] == 401
-        assert client.send("GET", "/v1/popular", headers={"authorization": "Bearer open sesame"})[0] == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.send("GET", "/v1/popular", headers={"authorization": f"{scheme} open sesame"})[0] == 200
 
 
 def test_contexts_and_offsets_move_every_score_alike(tmp_path: Path) -> None:

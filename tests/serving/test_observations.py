@@ -119,3 +119,31 @@ def test_a_segment_that_cannot_be_renamed_goes_on(tmp_path: Path, monkeypatch: p
     log.seal()
     assert [e.event_id for e in read(sealed(tmp_path))] == ["e0", "e1"]
     assert log.size == 0
+
+
+def test_lines_that_are_damaged_are_put_aside_and_the_others_recovered(tmp_path: Path) -> None:
+    """As a machine that lost power may leave them: pages of a group reach the disk in any order."""
+    log = ObservationLog(tmp_path)
+    log.append([event(0), event(1)])
+    assert log._file is not None
+    os.close(log._file)
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n" + b"\0" * 300 + b"\n", 1))
+    kept: list[Event] = []
+    assert recover(tmp_path, lambda lines: kept.extend(parse(lines))) == 1
+    assert [e.event_id for e in kept] == [e.event_id for e in read(sealed(tmp_path))] == ["e0", "e1"]
+    (aside,) = tmp_path.glob(".damaged-*")
+    assert aside.read_bytes() == b"\0" * 300 + b"\n"
+
+
+def test_a_segment_that_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(observations, "_sync_folder", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="no"):
+            ObservationLog(tmp_path).append([event(0)])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []

@@ -163,3 +163,12 @@ def test_ids_are_forgotten_part_by_part(view: View, monkeypatch: pytest.MonkeyPa
     view.overlay.delete([key for key, pending in view.overlay.every().items() if pending.event.event_id != "e4"])
     assert view.overlay.forget_ids(before=2e9) == 9
     assert [i for i in range(10) if view.overlay.knows(f"e{i}")] == [4]
+
+
+def test_what_is_learnt_of_an_observation_is_in_every_sight_of_its_user_at_once(view: View) -> None:
+    view.overlay.insert([(event(1), True)])
+    assert counted(view) == EVENTS_BEFORE + 1  # and kept
+    ((key, pending),) = view.overlay.every().items()
+    pending.landed, pending.covered = (0, 0), (VERSION, 0)  # its row has it, for it was in the table before
+    view.overlay.write({key: pending})
+    assert counted(view) == EVENTS_BEFORE

@@ -79,7 +79,7 @@ def test_a_worker_looks_at_its_store_even_where_nothing_can_be_published(monkeyp
     measured.publish.side_effect = OSError("no room")
 
     async def looking() -> None:
-        keep = server._keep_looking(service, measured, Mock(), os.getppid(), Mock())
+        keep = server._keep_looking(service, measured, Mock())
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(keep, 0.5)
 

@@ -7,6 +7,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from mtl.config import Settings
+from mtl.errors import ConfigError
 from mtl.job import run
 from mtl.page import page
 from mtl.status import batches, status
@@ -26,7 +27,10 @@ def work(spark: SparkSession, settings: Settings, parsed: argparse.Namespace) ->
     tables = Tables(spark, settings.tables.root)
     told = status(tables)
     if parsed.html:
-        Path(parsed.html).write_text(page(told, batches(tables)), encoding="utf-8")
+        try:
+            Path(parsed.html).write_text(page(told, batches(tables)), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {parsed.html}: {error.strerror}") from None
     return told
 
 

@@ -217,7 +217,7 @@ def persistently(write: Callable[[], Done]) -> Done:
         try:
             return write()
         except _CONFLICTS:
-            log.info("ingest: another process wrote at the same time; attempt %d of %d", attempt + 1, _ATTEMPTS)
+            log.info("another process wrote at the same time; attempt %d of %d", attempt + 1, _ATTEMPTS)
             time.sleep(attempt)
     return write()
 

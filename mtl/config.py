@@ -68,7 +68,7 @@ class IngestSettings(_Section):
     csv_delimiter: str = Field(min_length=1)
     list_separator: str
     list_columns: list[str]
-    recover_after_minutes: float = Field(ge=0)
+    recover_after_minutes: float = Field(ge=0, le=5_000_000)
 
 
 class SourceSettings(_Section):

@@ -17,6 +17,10 @@ class StateError(MtlError):
     """The tables are not in the state that the job needs: run the job that the message names."""
 
 
+class LockedError(StateError):
+    """Another process holds what only one may: stop that one, or wait for it."""
+
+
 class OracleError(MtlError):
     """An oracle raised, or returned values that are no predictions: correct the oracle."""
 

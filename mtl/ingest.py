@@ -34,7 +34,7 @@ from mtl.attributes import ATTRIBUTE_TABLES, AttributeReport, OfferedAttributes,
 from mtl.batches import Batch, IngestReport, close, count_rows, fence_streams, persistently, plan, recover
 from mtl.config import Settings
 from mtl.errors import InputError, StateError
-from mtl.parse import EVENT_COLUMNS, offered_events
+from mtl.parse import EVENT_COLUMNS, check_renames, offered_events
 from mtl.read import open_file, readable
 from mtl.schema import (
     ABANDONED,
@@ -95,6 +95,8 @@ def ingest_files(
     offers: list[OfferedAttributes] = []
     try:
         if events:
+            if not attributes:
+                check_renames(columns, settings.model.contexts)
             offered = _read_events(tables, settings, events, columns)
         for table, path in attributes:
             offers.append(read_attributes(tables, settings.ingest, path, table, columns))

@@ -35,7 +35,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyspark.errors import StreamingQueryException
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
@@ -43,12 +44,12 @@ from mtl import schema
 from mtl.batches import Batch, IngestReport, close, count_rows, counts, open_batches, plan, recover
 from mtl.checkpoint import Checkpoint
 from mtl.config import Settings
-from mtl.errors import ConfigError, MtlError, ReplayError, StateError
+from mtl.errors import ConfigError, ReplayError, StateError
 from mtl.gate import Gate
 from mtl.ingest import distinct_events, merge_events, quarantine
 from mtl.known import KnownEvents
 from mtl.lock import exclusive
-from mtl.parse import EVENT_COLUMNS
+from mtl.parse import EVENT_COLUMNS, check_renames
 from mtl.read import is_remote
 from mtl.schema import EVENTS, LEDGER, REASON
 from mtl.source import Columns, Source
@@ -80,7 +81,7 @@ class Intake:
     def __init__(self, tables: Tables, settings: Settings, source: Source, folder: str):
         self.tables, self.settings, self.source = tables, settings, source
         self.checkpoint = Checkpoint(folder, _ADVICE)
-        self.seen = Columns(f"{folder}-columns.json")
+        self.columns = f"{folder}-columns.json"
         self.known = KnownEvents(tables, f"{folder}-ids")
         self.gate = Gate()
         self.tally = Tally()
@@ -112,15 +113,13 @@ class Intake:
 
     def _apply(self, offered: DataFrame, number: int) -> IngestReport:
         batch, offsets = self.batch(number), self._offsets(number)
-        rows, ids_given = self.source.events(offered, self.seen)
-        rows = rows.persist()
+        rows, ids_given, seen, (n, refused, total) = self._read(offered)
         try:
-            hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
-            n, refused, total = rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
             report = IngestReport(n, 0, 0, refused, batch.name)
             marks = {schema.OFFSETS: offsets, schema.FINGERPRINT: f"{n}:{total or 0}"}
             closed = self._check(batch, marks)
             if closed:
+                seen.keep()
                 return replace(report, **{name: closed[name] for name in counts(report)})
             self._plan(batch, report, marks)
             origin = F.lit(self.source.name).alias(schema.SOURCE), F.lit(batch.name).alias(schema.BATCH)
@@ -130,9 +129,25 @@ class Intake:
             accepted = self._insert(events.select("*", *origin), batch)
             report = replace(report, accepted=accepted, duplicates=n - refused - accepted)
             self._close(batch, report, marks)
+            seen.keep()
             return report
         finally:
             rows.unpersist()
+
+    def _read(self, offered: DataFrame) -> tuple[DataFrame, bool, Columns, Row]:
+        """The rows, persisted; whether any came with an id; the columns with theirs; and (rows, refused ones, sum of hashes)."""
+        hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
+        for probe in (False, True):  # what files hold is met only when their rows are read
+            seen = Columns(self.columns)
+            rows, ids_given = self.source.events(offered, seen, probe)
+            rows = rows.persist()
+            try:
+                return rows, ids_given, seen, rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
+            except (PySparkException, Py4JJavaError):
+                rows.unpersist()
+                if probe or self.settings.source.kind != "folder":
+                    raise
+        raise AssertionError
 
     def _check(self, batch: Batch, marks: Mapping[str, str]) -> Row | None:
         """The batch's closing row where there is one; a planned one must be this batch."""
@@ -215,6 +230,7 @@ def ingest_stream(
         ReplayError: the checkpoint is damaged.
         InputError, ConfigError: the source cannot be read as configured.
     """
+    check_renames(columns or {}, settings.model.contexts)
     source = Source(tables.spark, settings, columns or {})
     checkpoint = checkpoint_of(tables, settings, source)
     locks = [f"{checkpoint}.lock"]
@@ -235,7 +251,7 @@ def ingest_stream(
                 return intake.tally
             except StreamingQueryException as error:
                 rows = source.stream()
-                source.check(rows, intake.seen)  # a table that drifted says more clearly what is the matter
+                source.check(rows, Columns(intake.columns))  # a table that drifted says more clearly what is the matter
                 if _ADDED not in str(error) or intake.tally.batches == stuck:
                     raise
                 stuck = intake.tally.batches
@@ -266,7 +282,7 @@ def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.E
             while not query.awaitTermination(1) and not stop.is_set():
                 pass
         except StreamingQueryException as error:
-            if isinstance(intake.failure, MtlError):
+            if intake.failure:
                 raise intake.failure from error
             raise
 

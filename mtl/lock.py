@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtl.errors import StateError
+from mtl.errors import LockedError, StateError
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def exclusive(path: str, what: str) -> Iterator[None]:
         what: what runs once only, for the message.
 
     Raises:
-        StateError: another process holds it, which the message names; or it cannot be held there.
+        LockedError: another process holds it, which the message names.
+        StateError: it cannot be held there.
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -31,7 +32,7 @@ def exclusive(path: str, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = file.read() or "another process"
-            raise StateError(f"{what} is run by {holder}, which holds {path}: stop that one first") from None
+            raise LockedError(f"{what} is run by {holder}, which holds {path}: stop that one first") from None
         except OSError as error:
             raise StateError(f"{path} cannot be locked, a local folder could be: {error.strerror}") from None
         file.truncate(0)

@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from mtl import schema
+from mtl.batches import persistently
 from mtl.features import feature_rows
 from mtl.model import Model
 from mtl.schema import INPUT_ID, MODEL_VERSION
@@ -52,4 +53,7 @@ def insert_features(tables: Tables, model: Model, attributes: pd.DataFrame) -> N
     rows = feature_rows(model.version, ids, features, *of_none)
     source = tables.spark.createDataFrame(rows).alias("new")
     same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = new.{INPUT_ID}"
-    tables.delta(schema.FEATURES).alias("stored").merge(source, same).whenNotMatchedInsertAll().execute()
+    # Again where another's came between: then it inserts what that one did not.
+    persistently(
+        lambda: tables.delta(schema.FEATURES).alias("stored").merge(source, same).whenNotMatchedInsertAll().execute()
+    )

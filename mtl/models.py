@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,7 +14,9 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.errors import StateError
+from mtl.lock import exclusive
 from mtl.model import Model, model_of
+from mtl.read import is_remote
 from mtl.tables import Tables
 
 
@@ -34,6 +37,20 @@ def load_model(tables: Tables, version: int | None = None) -> Model:
         )
         raise StateError(f"{what} (tables.root = {tables.root})")
     return model_of(rows[0].asDict())
+
+
+@contextmanager
+def one_retraining(tables: Tables) -> Iterator[None]:
+    """The numbers of versions are one retraining's at a time, where a lock can be held; elsewhere that is the caller's matter.
+
+    Raises:
+        LockedError: another is running.
+    """
+    if tables.in_catalog or is_remote(tables.root):
+        yield
+        return
+    with exclusive(f"{tables.root}/_checkpoints/retrain.lock", "a retraining"):
+        yield
 
 
 def next_version(tables: Tables) -> int:

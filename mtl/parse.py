@@ -5,6 +5,7 @@ Every cast is a try_cast: under ANSI rules a plain one would stop the job at the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 from pyspark.sql import Column, DataFrame
@@ -113,6 +114,8 @@ def refusal(format: str, loss: str, timed: bool = False) -> Column:
     reasons = [
         (F.col(USER_ID).isNull(), f"{USER_ID} is missing"),
         (F.col(INPUT_ID).isNull(), f"{INPUT_ID} is missing"),
+        # Whatever cannot be read is this character, so that different ids would be one.
+        *((F.col(name).contains("\ufffd"), f"{name} is not UTF-8") for name in (USER_ID, INPUT_ID)),
         (~there[LABEL], f"{LABEL} is missing"),
         (there[LABEL] & label.isNull(), f"{LABEL} is not a number"),
         (~_finite(label), f"{LABEL} is not finite"),
@@ -195,6 +198,21 @@ def context(values: Mapping[str, Column]) -> Column:
         return F.lit(None).cast("string")
     there = F.coalesce(*values.values()).isNotNull()
     return F.when(there, F.to_json(F.struct(*(value.alias(name) for name, value in values.items()))))
+
+
+def check_renames(columns: Mapping[str, str], contexts: Sequence[str]) -> None:
+    """Refuse renames of what is no column of ours.
+
+    Raises:
+        InputError: names it.
+    """
+    ours = (*OFFERED_COLUMNS, *contexts)
+    for name, theirs in columns.items():
+        if name not in ours:
+            nearest = difflib.get_close_matches(name, ours, 1, 0.0)[0]
+            raise InputError(
+                f"--columns {name}={theirs}: events have no column {name}, the nearest is {nearest} (model.contexts adds some)"
+            )
 
 
 def check_contexts(names: Sequence[str]) -> None:

@@ -6,12 +6,17 @@ typed CSV) one pass for the names and types of its columns.
 
 from __future__ import annotations
 
+import bz2
+import csv
 import difflib
+import gzip
 import os
 import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -30,8 +35,10 @@ _ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".json": "js
 _ENDINGS[".ndjson"] = "jsonl"
 _COMPRESSED = (".gz", ".bz2", ".zst", ".snappy", ".deflate", ".lz4")
 _REMOTE = re.compile(r"[A-Za-z][\w+.-]*:/")
-# Spark cannot read timestamps in nanoseconds, which pandas writes: as a number they are an epoch that we know.
+# Spark cannot read timestamps in nanoseconds, which pandas writes, but as numbers.
 _NANOS_AS_LONG = "spark.sql.legacy.parquet.nanosAsLong"
+_NANOS = (pyarrow.timestamp("ns"), pyarrow.timestamp("ns", "UTC"))
+_TYPED_FOLDERS = "spark.sql.sources.partitionColumnTypeInference.enabled"  # of names such as user_id=007
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,11 @@ class SourceFile:
 
 def quoted(name: str) -> Column:
     """The column of exactly this name, dots and backticks included."""
-    return F.col("`" + name.replace("`", "``") + "`")
+    return F.col(_in_backticks(name))
+
+
+def _in_backticks(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
 
 
 def open_file(spark: SparkSession, path: str, settings: IngestSettings, texts: Collection[str] | None) -> SourceFile:
@@ -90,7 +101,7 @@ def open_alike(
     """
     with readable(path, format):
         if format == "parquet":
-            rows = _parquet(spark, files)
+            rows = _parquet(spark, files, texts)
         else:
             rows = _csv(spark, files, settings, texts) if format == "csv" else _jsonl(spark, files, texts)
     columns = tuple(name for name in rows.columns if name != MALFORMED)
@@ -200,11 +211,45 @@ def parquet_shape(file: str) -> str:
     Raises:
         InputError: it is no Parquet file.
     """
-    # Spark would find a bad footer too, but with its executors' stack traces on the terminal.
+    return str(_footer(file))
+
+
+def _footer(file: str) -> pyarrow.Schema:
     try:
-        return str(pyarrow.parquet.read_schema(file).remove_metadata())
+        return pyarrow.parquet.read_schema(file).remove_metadata()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: cannot be read as parquet: {error}") from None
+
+
+def csv_header(file: str, delimiter: str) -> list[str] | None:
+    """The names in the first line of a local CSV file, in lower case; None where it is compressed as only Spark can read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if (opener := _opener(file)) is None:
+        return None
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
+            return [name.lower() for name in next(csv.reader([lines.readline()], delimiter=delimiter), [])]
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise InputError(f"{file}: cannot be read as csv: {error}") from None
+
+
+def _has_quoted_line_end(file: str) -> bool:
+    """Whether a line of a local CSV file ends within quotes."""
+    if (opener := _opener(file)) is None:
+        return False
+    try:
+        with opener(file, "rb") as lines:
+            return any(line.count(b'"') % 2 for line in lines)
+    except (OSError, EOFError, zlib.error):
+        return False  # Spark will say so
+
+
+def _opener(file: str) -> Any:
+    ending = os.path.splitext(file)[1]
+    return {".gz": gzip.open, ".bz2": bz2.open}.get(ending, None if ending in _COMPRESSED else open)
 
 
 def is_remote(path: str) -> bool:
@@ -217,23 +262,34 @@ def _reader(spark: SparkSession, paths: list[str]) -> DataFrameReader:
     return spark.read.option("__globPaths__", str(any(map(is_remote, paths))).lower())
 
 
-def _parquet(spark: SparkSession, paths: list[str]) -> DataFrame:
-    for file in (file for path in paths if not is_remote(path) for file in local_files(path)):
-        parquet_shape(file)
-    spark.conf.set(_NANOS_AS_LONG, "true")
+def _parquet(spark: SparkSession, paths: list[str], texts: Collection[str] | None) -> DataFrame:
+    # Spark would find a bad footer too, but with its executors' stack traces on the terminal.
+    footers = [_footer(file) for path in paths if not is_remote(path) for file in local_files(path)]
+    nanos = {field.name for footer in footers for field in footer if field.type in _NANOS}
+    settings = {_NANOS_AS_LONG: "true"} | ({_TYPED_FOLDERS: "false"} if texts is None else {})
+    for name, value in settings.items():
+        spark.conf.set(name, value)
     try:
         rows = _reader(spark, paths).option("mergeSchema", "true").parquet(*paths)
     finally:
-        spark.conf.unset(_NANOS_AS_LONG)
-    return rows.withColumn(MALFORMED, F.lit(None).cast("string"))
+        for name in settings:
+            spark.conf.unset(name)
+    micros = {name: F.timestamp_micros(F.expr(f"{_in_backticks(name)} div 1000")) for name in nanos & {*rows.columns}}
+    return rows.withColumns({**micros, MALFORMED: F.lit(None).cast("string")})
 
 
 def _csv(spark: SparkSession, paths: list[str], settings: IngestSettings, texts: Collection[str] | None) -> DataFrame:
+    files = [file for path in paths if not is_remote(path) for file in local_files(path)]
+    headers = [csv_header(file, settings.csv_delimiter) for file in files]
+    if other := next((file for file, header in zip(files, headers, strict=True) if header != headers[0]), None):
+        raise InputError(f"{files[0]} and {other} have other header lines: ingest them apart")
     options: dict[str, bool | str] = {
         "header": True,
         "sep": settings.csv_delimiter,
         "escape": '"',  # RFC 4180: a quote within quotes is doubled
-        "enforceSchema": False,  # files of a folder must agree in their headers, not only in the number of columns
+        "multiLine": any(map(_has_quoted_line_end, files)),  # as RFC 4180 has it too; a file is then read by one task
+        # Where we could not, Spark compares the headers of a folder's files; not with names such as "", or that are there twice.
+        "enforceSchema": not any(map(is_remote, paths)) and None not in headers,
         "columnPruning": False,  # a pruned column would hide a line of the wrong length
         "columnNameOfCorruptRecord": MALFORMED,
     }

@@ -24,9 +24,14 @@ def retrain(tables: Tables, settings: Settings, promote: bool = False) -> dict[s
     The first version goes live; later ones are candidates unless ``promote``.
 
     Raises:
-        StateError: there are no events.
+        StateError: there are no events, or another retraining is running.
         ConfigError: MLflow is wanted and not installed.
     """
+    with models.one_retraining(tables):
+        return _retrain(tables, settings, promote)
+
+
+def _retrain(tables: Tables, settings: Settings, promote: bool) -> dict[str, Any]:
     started, tracked = time.monotonic(), tracking.is_tracked(settings)
     events_version, inputs_version = tables.version(schema.EVENTS), tables.version(schema.INPUTS)
     users_version, live = tables.version(schema.USER_ATTRIBUTES), _live(tables, settings.train)

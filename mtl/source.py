@@ -6,8 +6,6 @@ A file is to be moved into the folder whole, for it is read once.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import json
 import os
@@ -15,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -26,12 +23,14 @@ from pyspark.sql import types as T
 from mtl.config import Settings
 from mtl.errors import ConfigError, InputError, StateError
 from mtl.parse import OFFERED_COLUMNS, REQUIRED_EVENT_COLUMNS, match_events, offered_events, refused_events
-from mtl.read import MALFORMED, SourceFile, format_of, is_remote, open_alike, parquet_shape
+from mtl.read import MALFORMED, SourceFile, csv_header, format_of, is_remote, open_alike, parquet_shape, readable
 from mtl.schema import EVENT_ID
 
 _FILES = "path string, modificationTime timestamp, length long, content binary"
 _VALUE = "value"
+_LINE = "_mtl_line"  # a name that no field of a row has
 _PATTERN = set("{}[]*?\\")  # characters in a name, of which Spark makes a pattern
+_ANY_AGE = "36500d"  # Spark passes over files that are a week older than the newest: restored or moved ones are
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,12 @@ class Source:
             limits["maxBytesPerTrigger"] = source.max_bytes_per_trigger
         if source.kind == "kafka":
             return self._topic()
-        reader = self.spark.readStream.options(**limits, **source.options)
         if source.kind == "folder":
+            limits["maxFileAge"] = _ANY_AGE
             if not (is_remote(source.path) or os.path.isdir(source.path)):
                 raise InputError(f"source.path {source.path}: there is no such folder")
+        reader = self.spark.readStream.options(**{**limits, **source.options})
+        if source.kind == "folder":
             return reader.format("binaryFile").schema(_FILES).load(source.path).select("path")
         reader = reader.format("delta")
         try:
@@ -110,17 +111,18 @@ class Source:
             raise
         return rows.select(F.col("value").cast("string").alias(_VALUE))
 
-    def events(self, batch: DataFrame, seen: Columns) -> tuple[DataFrame, bool]:
+    def events(self, batch: DataFrame, seen: Columns, probe: bool = False) -> tuple[DataFrame, bool]:
         """The rows of a micro-batch as :func:`mtl.parse.typed_events` has them, and whether any came with an id.
 
         Args:
             seen: what the source's columns were, for drift.
+            probe: read every file by itself first, to find those whose rows cannot be read.
 
         Raises:
             InputError: columns drifted, or a file cannot be read, and ``source.drift`` says stop.
         """
         parts, ids_given = [], False
-        for offered in self._offered(batch):
+        for offered in self._offered(batch, probe):
             if isinstance(offered, DataFrame):
                 parts.append(offered)
                 continue
@@ -150,10 +152,10 @@ class Source:
         whole = rows.withColumn(MALFORMED, F.lit(None).cast("string"))
         return SourceFile(self.name, "parquet", whole, tuple(rows.columns))
 
-    def _offered(self, batch: DataFrame) -> Iterator[SourceFile | DataFrame]:
+    def _offered(self, batch: DataFrame, probe: bool) -> Iterator[SourceFile | DataFrame]:
         kind = self.settings.source.kind
         if kind == "folder":
-            yield from self._files([_plain(row[0]) for row in batch.select("path").collect()])
+            yield from self._files([_plain(row[0]) for row in batch.select("path").collect()], probe)
         elif kind == "delta":
             yield self._table(batch)
         else:
@@ -161,10 +163,10 @@ class Source:
             names = [self.columns.get(name, name) for name in ours]
             kind_of_row = T.StructType([T.StructField(name, T.StringType()) for name in (*names, MALFORMED)])
             parsed = F.from_json(_VALUE, kind_of_row, {"columnNameOfCorruptRecord": MALFORMED})
-            rows = batch.select(_VALUE, parsed.alias("row")).select(_VALUE, "row.*")
-            yield SourceFile(self.name, "jsonl", rows, tuple(names), line=_VALUE)
+            rows = batch.select(F.col(_VALUE).alias(_LINE), parsed.alias("row")).select(_LINE, "row.*")
+            yield SourceFile(self.name, "jsonl", rows, tuple(names), line=_LINE)
 
-    def _files(self, paths: list[str]) -> Iterator[SourceFile | DataFrame]:
+    def _files(self, paths: list[str], probe: bool) -> Iterator[SourceFile | DataFrame]:
         """Files of the same format and columns together, so that a micro-batch is few reads."""
         alike: dict[tuple[str, str], list[str]] = {}
         # Spark's own list has files more than once beside one whose name is like a pattern.
@@ -174,15 +176,23 @@ class Source:
             except InputError as error:
                 yield self._unreadable(path, error)
         for (format, _), files in alike.items():
+            if probe and len(files) > 1:
+                for file in files:
+                    yield from self._files([file], probe)
+                continue
             name = files[0] if len(files) == 1 else f"{self.name} ({', '.join(map(os.path.basename, files))})"
             try:
-                yield open_alike(self.spark, name, files, format, self.settings.ingest)
+                opened = open_alike(self.spark, name, files, format, self.settings.ingest)
+                if probe:
+                    with readable(name, format):
+                        opened.rows.agg(F.max(F.length(opened.raw()))).collect()
+                yield opened
             except InputError as error:
                 if len(files) == 1:
                     yield self._unreadable(name, error)
                 else:
                     for file in files:
-                        yield from self._files([file])
+                        yield from self._files([file], probe)
 
     def _shape(self, path: str) -> tuple[str, str]:
         format = format_of(path, self.settings.ingest.format)
@@ -190,7 +200,10 @@ class Source:
             return format, path  # by itself: Spark would read others of the same call twice
         if format == "jsonl":
             return format, ""  # rows name their columns
-        return format, parquet_shape(path) if format == "parquet" else _header(path)
+        if format == "parquet":
+            return format, parquet_shape(path)
+        header = csv_header(path, self.settings.ingest.csv_delimiter)
+        return format, path if header is None else "\n".join(header)  # None: by itself
 
     def _unreadable(self, path: str, error: InputError) -> DataFrame:
         """One row in the place of a file that cannot be read."""
@@ -208,7 +221,7 @@ class _Drift(InputError):
 class Columns:
     """Which of our columns a source had at first, and of what kind, kept in a file; drift is what differs.
 
-    A column that was not there at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that
+    A batch that is repeated begins from what there was before it: :meth:`keep` is for its end. A column that was not there at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that
     is none is a matter of its row. JSON rows name their columns each, so that only a whole file's absence is noticed.
 
     Raises:
@@ -250,11 +263,13 @@ class Columns:
         if wrong:
             usable = found.keys() >= set(REQUIRED_EVENT_COLUMNS)
             raise (_Drift if usable else InputError)(f"{file.path}: {'; '.join(wrong)}")
-        if kinds.keys() - first.keys():
-            self.first[file.format] = {**kinds, **first}
-            with open(f"{self.path}.part", "w") as out:
-                json.dump(self.first, out)
-            os.replace(f"{self.path}.part", self.path)
+        self.first[file.format] = {**kinds, **first}
+
+    def keep(self) -> None:
+        """For the next batch."""
+        with open(f"{self.path}.part", "w") as out:
+            json.dump(self.first, out)
+        os.replace(f"{self.path}.part", self.path)
 
 
 def _kind(type: T.DataType) -> str:
@@ -274,14 +289,3 @@ def _plain(uri: str) -> str:
 
 def _reason(path: str, error: InputError) -> str:
     return str(error).removeprefix(f"{path}: ")
-
-
-def _header(path: str) -> str:
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(os.path.splitext(path)[1], open)
-    if path.endswith((".zst", ".snappy", ".deflate", ".lz4")):
-        return path  # a shape of its own
-    try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            return file.readline().strip("\r\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as csv: {error}") from None

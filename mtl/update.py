@@ -18,6 +18,7 @@ from mtl import models, schema
 from mtl.care import Care
 from mtl.checkpoint import end_of
 from mtl.config import Settings
+from mtl.errors import LockedError
 from mtl.ledger import batches_of
 from mtl.models import load_model
 from mtl.retrain import retrain
@@ -84,7 +85,7 @@ class Fleet:
         # Batches of a candidate and of the live version, and which that was, at the last comparison.
         self._compared: dict[int, tuple[int, ...]] = {}
         self.promoted: list[int] = []
-        self._failed: dict[int, str] = {}  # candidates whose stream died: they hold nobody up
+        self._failed: dict[int, Exception] = {}  # of candidates whose stream died: they hold nobody up
         self._leaving: dict[int, float] = {}  # versions that were live, and when their stream stops
         self._retraining: threading.Thread | None = None
         self._care = Care(tables, settings.care)
@@ -134,7 +135,7 @@ class Fleet:
             "versions": others,
             "compared": compared,
             "promoted": self.promoted,
-            **({"failed_candidates": self._failed} if self._failed else {}),
+            **({"failed_candidates": {v: str(error) for v, error in self._failed.items()}} if self._failed else {}),
         }
 
     def _look(self) -> None:
@@ -148,6 +149,7 @@ class Fleet:
         for version in wanted:
             try:
                 self.start(version).tend()
+                self._failed.pop(version, None)
             except Exception as error:
                 self._take_down(version, error)
         for version in [v for v in self.streams if v not in wanted]:
@@ -162,7 +164,9 @@ class Fleet:
         """The live version, candidates newer than it, and those that were live a moment ago."""
         if self.only is not None:
             return [self.only]
-        candidates = [v for v in models.candidates(self.tables) if v > (self.live or 0) and v not in self._failed]
+        # One that another job holds is tried again, until that has ended.
+        out = {v for v, error in self._failed.items() if not isinstance(error, LockedError)}
+        candidates = [v for v in models.candidates(self.tables) if v > (self.live or 0) and v not in out]
         now = time.monotonic()
         leaving = [v for v, until in self._leaving.items() if now < until and v != self.live]
         return list(dict.fromkeys([*([self.live] if self.live else []), *candidates, *leaving]))
@@ -172,8 +176,9 @@ class Fleet:
         self._end(version)
         if version in (self.live, self.only):
             raise error
-        log.warning("update: model version %d is not followed any more: %s", version, error)
-        self._failed[version] = str(error)
+        if str(error) != str(self._failed.get(version)):
+            log.warning("update: model version %d is not followed: %s", version, error)
+        self._failed[version] = error
 
     def _end(self, version: int) -> None:
         stream = self.streams.pop(version, None)

@@ -188,10 +188,10 @@ def test_what_cannot_be_read_is_one_clear_line_and_leaves_no_table(tables: Table
         (str(tmp_path / "nowhere.csv"), {}, "no such file or folder"),
         (str(folder), {}, "holds no file"),
         (str(mixed), {}, "mixes formats"),
-        (str(uneven), {}, "cannot be read as csv"),
+        (str(uneven), {}, "have other header lines"),
         (good, {"weight": "weihgts"}, "no column weihgts; .*nearest is Weights"),
         (good, {"label": "Weights"}, "has a column label as well"),
-        (good, {"genre": "kind"}, "no file offered has a column kind"),
+        (good, {"genre": "kind"}, "events have no column genre"),
     ]
     for path, columns, message in cases:
         with pytest.raises(InputError, match=message) as error:
@@ -219,6 +219,50 @@ def test_a_name_of_a_file_is_no_pattern(shared: Tables, tmp_path: Path, ending: 
             frame.to_json(path, orient="records", lines=True)
     assert ingest_events(shared, SETTINGS, str(tmp_path / f"events[1].{ending}"), {}).accepted == 1
     assert not shared.read(schema.EVENTS).where(F.col("user_id") == f"in {ending}").isEmpty()
+
+
+def test_what_pandas_writes_is_read(shared: Tables, tmp_path: Path) -> None:
+    """An index without a name, columns twice, line ends within quotes; nanoseconds, also before 1973."""
+    frame = pd.DataFrame({"user_id": ["pandas", "pandas"], "input_id": ["i", "j"], "label": [1, 2]})
+    frame["note"] = ["two\nlines", 'a "word"']
+    frame.to_csv(tmp_path / "index.csv")
+    assert counts(ingest_events(shared, SETTINGS, str(tmp_path / "index.csv"), {})) == (2, 2, 0, 0)
+    twice = text_file(tmp_path, "twice.csv", "user_id,input_id,label,x,x", "pandas,k,1,2,3")
+    assert counts(ingest_events(shared, SETTINGS, twice, {})) == (1, 1, 0, 0)
+    other = tmp_path / "others"
+    other.mkdir()
+    text_file(other, "1.csv", "user_id,input_id,label", "u,i,1")
+    text_file(other, "2.csv", "user_id,label,input_id", "u,1,i")
+    with pytest.raises(InputError, match=r"1\.csv and .*2\.csv have other header lines"):
+        ingest_events(shared, SETTINGS, str(other), {})
+    times = pd.to_datetime(["1971-05-01T00:00:00.123456", "2024-05-01T12:00:00.000000"]).astype("datetime64[ns]")
+    frame.assign(event_time=times, user_id="nanos").to_parquet(tmp_path / "nanos.parquet")
+    report = ingest_events(shared, SETTINGS, str(tmp_path / "nanos.parquet"), {})
+    found = sorted(row[schema.EVENT_TIME] for row in batch_of(shared, EVENTS, report))
+    assert [at.isoformat() for at in found] == ["1971-05-01T00:00:00.123456", "2024-05-01T12:00:00"]
+    inputs = pd.DataFrame({"input_id": ["nanos"], "joined": times[1:]})
+    inputs.to_parquet(tmp_path / "inputs.parquet")
+    ingest_attributes(shared, SETTINGS, str(tmp_path / "inputs.parquet"), INPUTS, {})
+    days = shared.read(INPUTS).where("input_id = 'nanos'").first()["joined"]
+    assert days == pytest.approx((times[1] - pd.Timestamp(0)).total_seconds() / 86400)
+
+
+def test_ids_are_what_the_files_say_or_are_refused(shared: Tables, tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes("user_id,input_id,label\nJosé,i,5\nJosè,i,5\n".encode("latin-1"))
+    report = ingest_events(shared, SETTINGS, str(tmp_path / "latin.csv"), {})
+    assert counts(report) == (2, 0, 0, 2)
+    assert {row[schema.REASON] for row in batch_of(shared, QUARANTINE, report)} == {"user_id is not UTF-8"}
+    part = tmp_path / "parts" / "user_id=007"
+    part.mkdir(parents=True)
+    pd.DataFrame({"input_id": ["i"], "label": [1.0]}).to_parquet(part / "a.parquet")
+    report = ingest_events(shared, SETTINGS, str(tmp_path / "parts"), {})
+    assert [row[schema.USER_ID] for row in batch_of(shared, EVENTS, report)] == ["007"]
+
+
+def test_a_rename_of_no_column_of_ours_says_which_is_nearest(shared: Tables, tmp_path: Path) -> None:
+    path = text_file(tmp_path, "a.csv", "user_id,input_id,label,ts", "u,i,1,2024-01-01")
+    with pytest.raises(InputError, match="events have no column time, the nearest is event_time"):
+        ingest_events(shared, SETTINGS, path, {"time": "ts"})
 
 
 def test_a_parquet_file_without_rows_offers_none(shared: Tables, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
 import threading
 import time
@@ -25,7 +27,7 @@ from mtl.ingest import ingest_events
 from mtl.intake import Intake, Tally, ingest_stream
 from mtl.known import KnownEvents
 from mtl.schema import EVENT_ID, EVENTS, LEDGER, QUARANTINE
-from mtl.source import Columns
+from mtl.source import Columns, Source
 from mtl.tables import Tables
 
 COUNTS = ("offered", "accepted", "duplicates", "quarantined")
@@ -135,7 +137,7 @@ def test_a_crash_after_any_step_loses_and_doubles_nothing(
     drop(folder, "b.csv", pd.concat([rows(range(4, 9)), rows(range(1), label="bad")]))
     with monkeypatch.context() as patch:
         crashing(patch, where, step)
-        with pytest.raises(Exception, match="Crash"):
+        with pytest.raises(Crash):
             ingest_stream(tables, settings(folder))
     drop(folder, "c.csv", rows(range(8, 12)))
     assert tally(ingest_stream(tables, settings(folder))) == (10, 6, 3, 1)
@@ -302,7 +304,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_new_one_counts_nothing_twice(
     drop(folder, "a.csv", rows(range(6)))
     with monkeypatch.context() as patch:
         crashing(patch, KnownEvents, "_append")
-        with pytest.raises(Exception, match="Crash"):
+        with pytest.raises(Crash):
             ingest_stream(tables, settings(folder))
     checkpoint = next(
         path for path in Path(tables.root, "_checkpoints").glob("ingest-folder-*") if (path / "metadata").exists()
@@ -458,6 +460,58 @@ def test_known_ids_say_nothing_of_a_commit_that_another_made(tables: Tables, fol
     known.refresh = then_another_writes  # type: ignore[method-assign]
     known.append(events, Batch("0" * 16, 7))
     assert known.version != tables.version(EVENTS)
+
+
+def test_a_file_of_any_age_is_read(tables: Tables, folder: Path) -> None:
+    drop(folder, "new.csv", rows(range(2)))
+    ingest_stream(tables, settings(folder))
+    old = drop(folder, "old.csv", rows(range(2, 4)))
+    os.utime(old, (1e9, 1e9))
+    assert tally(ingest_stream(tables, settings(folder))) == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("step", ["_plan", "_close"])
+def test_a_batch_that_is_repeated_has_the_columns_that_it_had(
+    tables: Tables, folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    drop(folder, "a.csv", rows(range(2)))
+    drop(folder, "b.csv", rows(range(2, 4), weight=2.0))  # were it known of the first time, a.csv would lack it
+    together = settings(folder, "source.max_files_per_trigger=9")
+    with monkeypatch.context() as patch:
+        crashing(patch, Intake, step)
+        with pytest.raises(Crash):
+            ingest_stream(tables, together)
+    assert tally(ingest_stream(tables, together)) == (4, 4, 0, 0)
+    drop(folder, "c.csv", rows(range(4, 6)))
+    assert tally(ingest_stream(tables, together)) == (2, 0, 0, 2)
+
+
+def test_files_that_end_early_keep_no_other_out(tables: Tables, folder: Path) -> None:
+    text = rows(range(2000)).to_csv(index=False).encode()
+    whole = gzip.compress(text)
+    for name, content in (("half.csv.gz", whole[: len(whole) // 2]), ("ten.csv.gz", whole[:10])):
+        (folder / name).write_bytes(content)
+    (folder / "rubbish.csv.gz").write_bytes(whole[:10] + bytes(range(200)))
+    drop(folder, "good.csv", rows(range(2)))
+    together = settings(folder, "source.max_files_per_trigger=9")
+    with pytest.raises(InputError, match=r"\.csv\.gz: cannot be read as csv"):
+        ingest_stream(tables, settings(folder, "source.max_files_per_trigger=9", "source.drift=stop"))
+    assert tally(ingest_stream(tables, together)) == (5, 2, 0, 3)
+    raw = {Path(json.loads(row[schema.RAW])["file"]).name for row in tables.read(QUARANTINE).collect()}
+    assert raw == {"half.csv.gz", "ten.csv.gz", "rubbish.csv.gz"}
+
+
+def test_a_rename_of_no_column_of_ours_is_refused(tables: Tables, folder: Path) -> None:
+    with pytest.raises(InputError, match="events have no column time, the nearest is event_time"):
+        ingest_stream(tables, settings(folder), {"time": "ts"})
+
+
+def test_a_field_of_a_message_may_be_called_value(tables: Tables) -> None:
+    of_kafka = settings("", "source.kind=kafka", "source.topic=t", "source.bootstrap_servers=b")
+    batch = tables.spark.createDataFrame([('{"user_id":"u","input_id":"i","value":3}',)], "value string")
+    source = Source(tables.spark, of_kafka, {"label": "value"})
+    found, _ = source.events(batch, Columns("nowhere"))
+    assert [(row.label, row.reason) for row in found.collect()] == [(3.0, None)]
 
 
 def test_a_damaged_memory_of_columns_says_what_to_remove(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from pyspark.sql import functions as F
 from streaming import TRAINED, append, broken, rows, settings
 
 from mtl import models, schema
+from mtl.errors import LockedError
 from mtl.lock import exclusive
 from mtl.retrain import retrain
 from mtl.schema import MODEL_VERSION, USERS
 from mtl.stream import folder_of
 from mtl.tables import Tables
-from mtl.update import update
+from mtl.update import Fleet, update
 
 AUTOMATIC = settings("switch.policy='automatic'", "switch.min_events=20", "switch.tolerance=0.2")
 
@@ -79,6 +80,26 @@ def test_a_candidate_that_fails_holds_nobody_up(live: Tables) -> None:
         result = update(live, AUTOMATIC)
     assert result["applied"] == 50
     assert "the update of model version 2 is run by" in result["failed_candidates"][2]
+
+
+def test_a_candidate_that_another_job_held_is_followed_when_that_has_ended(live: Tables) -> None:
+    retrain(live, settings())
+    fleet = Fleet(live, settings(), None)
+    with exclusive(f"{folder_of(live, settings(), 2)}.lock", "the test"):
+        fleet._look()
+        assert set(fleet.streams) == {1}
+    fleet._look()
+    assert set(fleet.streams) == {1, 2}
+    fleet.close()
+
+
+def test_one_retraining_at_a_time_publishes_versions(live: Tables) -> None:
+    with (
+        exclusive(f"{live.root}/_checkpoints/retrain.lock", "the test"),
+        pytest.raises(LockedError, match="retraining"),
+    ):
+        retrain(live, settings())
+    assert retrain(live, settings())["model_version"] == 2
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ DESCRIPTION = """\
 Check the invariants of the tables for the live model version; exit status 1 when one fails.
 
 One version is live; every ingest batch adds up; the stream's batches are without gaps and its users hold what was
-applied; users equal a from-scratch pass over the events; features equal the oracle evaluated afresh.
+applied; users equal a from-scratch pass over the events; features equal the oracle evaluated afresh; no erasure is half done.
 
 Where the loss is not squared, users have to equal a replay of training, batches and releases in the ledger's order, and
 refit_gap says how far their weights are from those of all events at once (largest difference, relative to the largest

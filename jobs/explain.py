@@ -18,7 +18,7 @@ the last batches before and the table versions read. Reaches as far back as the 
 
 
 def moment(text: str) -> datetime:
-    time = datetime.fromisoformat(text)
+    time = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text)  # Python 3.10 knows no Z
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 

@@ -1,7 +1,8 @@
-"""The two half-steps of oracle-mtl for Shared Basis with squared loss, on arrays (design, sections 2 and 3).
+"""The two half-steps of oracle-mtl, on arrays (design, sections 2 and 3).
 
-The model is y = μ + o_x + b_u + p_u·q_x + noise, the users' vectors w_u = [b_u, p_u] and the inputs' vectors
-c_x = [o_x, q_x] both of length d = k+1 and Gaussian given the other side. A half-step gives one side's exact posteriors;
+The model is y = μ + o_x + b_u + p_u·q_x + noise on labels, or on working ones (:mod:`mtl.losses`); the users' vectors
+w_u = [b_u, p_u] and the inputs' vectors c_x = [o_x, q_x] are both of length d and Gaussian given the other side; known
+attributes may stand in for entries of either (:mod:`mtl.forms`). A half-step gives one side's exact posteriors;
 between the sides travel only sums: a user's (A, b), an input's (A_x, b_x) over the extended user vector [1, b_u, p_u].
 """
 

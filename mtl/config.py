@@ -39,11 +39,12 @@ DEFAULTS = CONF / "default.toml"
 ENVIRONMENT_PREFIX = "MTL_"
 
 AutoOrCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+Size = Annotated[str, Field(pattern=r"^(\d+[kmgt]?b?)?$")]  # bytes, as Spark reads them; "": no limit
 AutoOrAny = Literal["auto"] | Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TablesSettings(_Section):
@@ -81,7 +82,7 @@ class SourceSettings(_Section):
     drift: Literal["quarantine", "stop"]
     trigger_seconds: float = Field(ge=0)
     max_files_per_trigger: int = Field(ge=1)
-    max_bytes_per_trigger: str = Field(pattern=r"^(\d+[bkmgt]?)?$")
+    max_bytes_per_trigger: Size
     max_events_per_trigger: int = Field(ge=0)
     checkpoint: str
 
@@ -90,7 +91,7 @@ class ModelSettings(_Section):
     form: Literal["shared_basis", "multilevel"]
     loss: Literal["squared", "logistic", "poisson"]
     implicit_weight: float = Field(ge=0)
-    half_life_days: float = Field(ge=0, allow_inf_nan=False)
+    half_life_days: float = Field(ge=0)
     k: AutoOrAny
     per_user: list[str]
     per_input: list[str]
@@ -155,7 +156,7 @@ class SupervisedSettings(_Section):
 
 class UpdateSettings(_Section):
     max_files_per_trigger: int = Field(ge=1)
-    max_bytes_per_trigger: str = Field(pattern=r"^(\d+[kmgt]?b?)?$")
+    max_bytes_per_trigger: Size
     trigger_seconds: float = Field(ge=0)
     partitions: int = Field(ge=0)
     checkpoints: str
@@ -204,16 +205,16 @@ class ServeSettings(_Section):
     feature_cache_mb: int = Field(ge=0)
     prediction_cache_mb: int = Field(ge=0)
     classes: Literal["exact", "rounded", "hashed", "clustered"]
-    coarseness: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
+    coarseness: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     deadline_ms: list[Annotated[float, Field(gt=0, le=60_000)]] = Field(min_length=1)
-    objective_ms: float = Field(ge=0, allow_inf_nan=False)
+    objective_ms: float = Field(ge=0)
     explore: Literal["greedy", "linucb", "thompson"]
     explore_epsilon: float = Field(ge=0, le=1)
-    explore_alpha: float = Field(ge=0, allow_inf_nan=False)
+    explore_alpha: float = Field(ge=0)
     explore_draws: int = Field(ge=1, le=10_000)
     rivals: list[Annotated[int, Field(ge=1)]]
     contest: Literal["thompson", "exp3", "split"]
-    contest_shares: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    contest_shares: list[Annotated[float, Field(gt=0)]]
 
     @field_validator("deadline_ms")
     @classmethod

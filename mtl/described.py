@@ -46,6 +46,11 @@ class Described(Columns, Saved):
     def _attributes(self, dataset: DataFrame, param: Param[str], key: str) -> DataFrame:
         """Rows as the tables of attributes have them: ``key`` and attributes."""
         identity, kind = self._column(dataset, param)
+        lower = [name.lower() for name in dataset.columns]
+        if alike := [name for name in dataset.columns if lower.count(name.lower()) > 1]:
+            raise InputError(
+                f"attributes by {param.name}: columns {', '.join(alike)} have the same name but for its case"
+            )
         values = [
             attribute(quoted(field.name), field.dataType, f"attributes by {param.name}: column {field.name}").alias(
                 field.name

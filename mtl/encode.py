@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from mtl.config import EncodeSettings
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, InputError
 from mtl.gaussian import Array
 
 # A text column is categories while it has few distinct values for its rows, or short ones.
@@ -234,11 +234,21 @@ def categories(values: pd.Series, many: bool) -> Iterable[Iterable[Hashable]]:
     """The categories of each row, none where the value is missing."""
     one: Callable = (
         # A missing list is None in a column and NaN after a join.
-        (lambda value: () if value is None or isinstance(value, float) else value)
+        (
+            lambda value: (
+                () if value is None or isinstance(value, float) else (value,) if isinstance(value, str) else value
+            )
+        )
         if many
-        else (lambda value: () if pd.isna(value) else (value,))
+        else _only
     )
     return map(one, values)
+
+
+def _only(value: Any) -> Iterable[Hashable]:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        raise InputError(f"an attribute has a list, {value!r}, and was one text or number when the model was trained")
+    return () if pd.isna(value) else (value,)
 
 
 def _texts(values: pd.Series) -> pd.Series:

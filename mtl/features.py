@@ -19,7 +19,7 @@ from mtl.gaussian import Array, Posterior
 
 @dataclass(frozen=True)
 class Features:
-    """Features of n inputs, with φ of length d = k+1 and first entry 1."""
+    """Features of n inputs, with φ of length d (:mod:`mtl.forms`) and first entry 1."""
 
     offset: Array  # E[o], (n,), the mean label included
     phi: Array  # E[φ], (n, d)

@@ -40,7 +40,7 @@ from mtl.schema import INPUT_ID, USER_ID
 from mtl.sharing import cores
 from mtl.start import Live, from_covariance
 from mtl.supervised import Supervised
-from mtl.train import START_VARIANCE, Fit, Schedule, alternate
+from mtl.train import START_VARIANCE, Fit, Noise, Schedule, alternate
 from mtl.trained import Trained
 from mtl.zeros import WithZeros, without_zeros
 
@@ -50,6 +50,9 @@ MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
 _CHECKED_INPUTS = 32  # that a user's function is tried on before training
 _SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
+_LEAST_SPREAD = (
+    1e-11  # of the labels' squared mean: of less than that sums of squares in double precision have few digits
+)
 _LARGEST_MEAN = 100.0  # of the labels, in their standard deviations, for which single precision has digits enough
 _EVENTS_PER_PARTITION = 20_000_000  # at most: a partition's events are one row, with 2 GB to a column
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
@@ -82,11 +85,12 @@ def train(
     _refuse_contradictions(settings, live)
     half_life, last = settings.model.half_life_days, None
     if half_life:
-        last, events = last_times(events, schema.REFERENCE_TIME), with_ages(events, half_life)
+        aged = with_ages(events, half_life)
+        last, events = last_times(events, schema.REFERENCE_TIME), aged
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user, batches)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
-    _refuse_equal_labels(catalogue, beside_zeros=zero_weight > 0)
+    _refuse_labels(catalogue, loss, beside_zeros=zero_weight > 0)
     if not catalogue.trained.n:
         if batches is not None:
             raise StateError("train.incremental: there is no event since the live version's training")
@@ -125,13 +129,18 @@ def train(
 
     if zero_weight:
         catalogue = catalogue.with_zeros(n_users, zero_weight)
+    form = _form(settings, n_users, n_inputs, input_encoder, user_encoder)
+    if live and lock:
+        form = _form_of_live(form, "train.lock", settings, live)
     if live and "features" in lock:
-        form, mu = live.model.form, live.model.mu
+        mu = live.model.mu
     else:
-        form = _form(settings, n_users, n_inputs, input_encoder, user_encoder)
-        if live and "users" in lock:
-            form = _form_of_live(form, "train.lock", settings, live)
         mu = loss.link(catalogue.mean_label) - catalogue.mean_offset
+        if not np.isfinite(mu):
+            raise StateError(
+                f"model.half_life_days = {half_life:g}: nearly all that is left of old events has one label, "
+                f"{catalogue.mean_label:g}: there is nothing to learn"
+            )
     earlier = None
     if live and batches is not None:
         form, mu = _form_of_live(form, "train.incremental", settings, live), live.model.mu
@@ -257,10 +266,16 @@ def _described(
     return described
 
 
-def _refuse_equal_labels(catalogue: Catalogue, beside_zeros: bool) -> None:
-    n, label = catalogue.n_events, catalogue.label_max
-    if label == catalogue.label_min and not (beside_zeros and label):
+def _refuse_labels(catalogue: Catalogue, loss: Loss, beside_zeros: bool) -> None:
+    n, label, mean = catalogue.n_events, catalogue.label_max, catalogue.mean_label
+    offers_rates = loss.name == "poisson" and catalogue.has_offsets and label > 0
+    if label == catalogue.label_min and not (beside_zeros and label) and not offers_rates:
         raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
+    if loss.is_quadratic and not beside_zeros and catalogue.spread <= _LEAST_SPREAD * mean**2:
+        raise StateError(
+            f"labels of {catalogue.label_min:.12g} to {label:.12g} differ by too little beside their size for sums of their "
+            f"squares to tell: subtract a constant, such as {mean:.6g}, before they are ingested"
+        )
 
 
 def _spread(catalogue: Catalogue, loss: Loss) -> float:
@@ -319,7 +334,9 @@ def _fit(
         users = Locked(without_zeros(live.model.artefact.users))
     if live and "features" in lock:
         inputs = Locked(live.model.artefact.inputs)
-    noise = live.model.noise if live and specification.known else None
+    noise = None
+    if live and specification.known:
+        noise = Noise(live.model.noise, catalogue.counted - catalogue.kept.n if live.batches is not None else 0.0)
 
     def run(schedule: Schedule, checkpoint: Checkpoint | None = None) -> Fit:
         return _alternate(engine, users, inputs, specification.loss, catalogue, schedule, noise, checkpoint)
@@ -357,7 +374,7 @@ def _alternate(
     loss: Loss,
     catalogue: Catalogue,
     schedule: Schedule,
-    noise: float | None,
+    noise: Noise | None,
     checkpoint: Checkpoint | None,
 ) -> Fit:
     """:func:`mtl.train.alternate` with its progress shown and saved."""
@@ -380,7 +397,7 @@ def _alternate(
             catalogue.label_variance,
             schedule,
             report,
-            start_noise=noise,
+            known=noise,
             locked=isinstance(inputs, Locked),
             resume=resume,
             save=checkpoint.save if checkpoint else None,

@@ -158,8 +158,14 @@ _LONG_MEMORY = {
 _OFTEN_WRITTEN = {**_LONG_MEMORY, "delta.checkpointInterval": "100"}
 _MERGED = {**_LONG_MEMORY, "delta.enableDeletionVectors": "true"}
 PROPERTIES: dict[str, dict[str, str]] = {
-    # A MERGE of new events must not pass by an append that came meanwhile (mtl.intake).
-    schema.EVENTS: {**_OFTEN_WRITTEN, "delta.appendOnly": "true", "delta.isolationLevel": "Serializable"},
+    # A MERGE of new events must not pass by an append that came meanwhile (mtl.intake). No row of a file is ever only marked as
+    # deleted, as some platforms have it by default: erased ones are to go, and mtl.known reads the files themselves.
+    schema.EVENTS: {
+        **_OFTEN_WRITTEN,
+        "delta.appendOnly": "true",
+        "delta.isolationLevel": "Serializable",
+        "delta.enableDeletionVectors": "false",
+    },
     schema.QUARANTINE: _OFTEN_WRITTEN,
     schema.INPUTS: {**_MERGED, "delta.enableChangeDataFeed": "true"},
     schema.USER_ATTRIBUTES: _MERGED,

@@ -1,6 +1,7 @@
 """Which events the shared part is trained on; every user's own weights always see all of them.
 
-Deterministic: an event's role is a function of its user, its input and the settings, whatever the order or the partitions.
+Deterministic: an event's role is a function of its user's events, its batch and the settings, whatever the order or the
+partitions.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from mtl.blocks import CAPPED, EARLIER, HELD_OUT, TRAINED
-from mtl.schema import BATCH, INPUT_ID, USER_ID
+from mtl.schema import BATCH, EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, USER_ID, WEIGHT
 
 ROLE = "_role"
 _EARLIER = "_earlier"
@@ -40,6 +41,7 @@ def with_roles(events: DataFrame, holdout: float, cap: int, earlier: DataFrame |
     if cap:
         # Another hash, or the cap would favour what is not held out.
         order = F.xxhash64(INPUT_ID, USER_ID, F.lit(1))
-        place = F.row_number().over(Window.partitionBy(USER_ID, held).orderBy(order, INPUT_ID))
+        among = [name for name in (EVENT_ID, EVENT_TIME, LABEL, WEIGHT) if name in events.columns]  # of one input
+        place = F.row_number().over(Window.partitionBy(USER_ID, held).orderBy(order, INPUT_ID, *among))
         role = F.when(~held & (place > cap), CAPPED).otherwise(role)
     return events.withColumn(ROLE, role)

@@ -62,12 +62,12 @@ REQUESTED = "requested"  # no version: somebody asks for one
 
 # Features
 OFFSET = "offset"  # E[o(x)]; of an event, a known part of h beside it
-PHI = "phi"  # E[φ(x)], length k+1, first entry 1
+PHI = "phi"  # E[φ(x)], length d of mtl.forms, first entry 1
 SECOND_MOMENT = "second_moment"  # E[φφᵀ], packed
-OFFSET_PHI = "offset_phi"  # E[oφ], length k+1
+OFFSET_PHI = "offset_phi"  # E[oφ], length d
 IMPLICIT = "implicit"  # the input's attributes that its training events are, see mtl.implicit
 OFFSET_VARIANCE = "offset_variance"  # Var[o]
-RESIDUAL = "residual"  # what training added to the oracle's (o, f_1…f_k), length k+1
+RESIDUAL = "residual"  # what training added to the oracle's (o, f_1 …), length d
 INPUT_CLASS = "input_class"  # equivalence class of the input
 
 # Logs of decisions (files, see mtl.serving.decisions)

@@ -26,21 +26,11 @@ from mtl.tables import Tables
 
 _BATCHES = 10_000  # in the plots, the newest
 DELAY = "delay"
-_STATE_TABLES = (
-    schema.EVENTS,
-    schema.QUARANTINE,
-    schema.MODELS,
-    schema.FEATURES,
-    schema.USERS,
-    schema.WAITING,
-    schema.LEDGER,
-    schema.PROGRESS,
-)
 
 
 def status(tables: Tables) -> dict[str, Any]:
     """Figures by version, of ingest, and of the tables' sizes; reads tables that other jobs may be writing, makes none."""
-    there = [table for table in _STATE_TABLES if tables.exists(table)]
+    there = [table for table in SCHEMAS if tables.exists(table)]
     told: dict[str, Any] = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": []}
     if schema.MODELS in there:
         models = tables.read(schema.MODELS).where(F.col(schema.STATUS) != schema.REQUESTED)

@@ -89,7 +89,7 @@ class Stream:
         self.updater.release_if_inputs_came()
 
     def drain(self, stop: threading.Event | None = None) -> None:
-        """Apply all events there are, and waiting ones whose input is there; or go on to the next when ``stop`` is set."""
+        """Apply all events there are, and waiting ones whose input is there; return when ``stop`` is set, to be closed."""
         self._start({"availableNow": True})
         try:
             while self.query and not self.query.awaitTermination(1):

@@ -54,6 +54,13 @@ class Fit:
         return 1 + int(np.argmin(self.held_out[1:])) if len(self.held_out) > 1 else self.iterations
 
 
+class Noise(NamedTuple):
+    """What an earlier version knew of the noise."""
+
+    variance: float  # σ², squared label units
+    n: float = 0.0  # events that it learnt it from, beside those of this training; 0: it is only begun from
+
+
 class State(NamedTuple):
     """Where a training stands after some iterations: what it goes on from."""
 
@@ -99,7 +106,7 @@ def alternate(
     label_variance: float,
     schedule: Schedule,
     report: Callable[[int, float], None] = lambda iteration, objective: None,
-    start_noise: float | None = None,
+    known: Noise | None = None,
     locked: bool = False,
     resume: State | None = None,
     save: Callable[[State], None] | None = None,
@@ -112,15 +119,16 @@ def alternate(
         n_events: number of events, zeros of implicit feedback among them; what they count where old ones are forgotten.
         label_variance: Σ c (y − μ)² / n_events.
         report: called with the iteration (from 1) and the objective after it.
-        start_noise: σ² to start from, an earlier version's.
+        known: the noise of an earlier version, to start from and to learn on from; its events are terms of J like those of now.
         locked: whether the inputs stay as the engine has them, and only the users' prior and the noise are learnt.
         resume: go on from here; the engine holds its vectors, effects and what was applied.
         save: called with the state after every iteration.
     """
     noise = 1.0
     if loss.is_quadratic:
-        noise = START_NOISE * label_variance if start_noise is None else start_noise
+        noise = known.variance if known else START_NOISE * label_variance
     floor = _NOISE_FLOOR * label_variance
+    before_n, before_deviance = (known.n, known.n * known.variance) if known else (0.0, 0.0)
     trace: list[float] = []
     held_out: list[float] = []
     step, damped, iteration, previous = 1.0, 0, 0, np.inf
@@ -128,25 +136,29 @@ def alternate(
         iteration, _, _, users, inputs, noise, trace, held_out, previous, _, step, damped = resume
 
     def objective(deviance: float) -> float:
-        normalizer = n_events / 2 * np.log(2 * np.pi * noise) if loss.is_quadratic else 0.0
+        normalizer = 0.0
+        if loss.is_quadratic:
+            normalizer = (n_events + before_n) / 2 * np.log(2 * np.pi * noise) + before_deviance / (2 * noise)
         divergence = users.divergence(user_moments) + (0.0 if locked else inputs.divergence(input_moments))
         return float(normalizer + deviance / (2 * noise) + divergence + engine.divergence)
+
+    def noise_of(deviance: float) -> float:
+        return max((deviance + before_deviance) / (n_events + before_n), floor) if loss.is_quadratic else 1.0
 
     def update_inputs() -> tuple[VectorPrior, Moments, float, float]:
         """The inputs' half-step: prior, moments, noise, deviance."""
         if locked:
-            moments, deviance = Moments.zero(0, 0), user_deviance
-            return inputs, moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
+            return inputs, Moments.zero(0, 0), noise_of(user_deviance), user_deviance
         refitted = engine.refit(inputs, noise)
         moments, deviance = engine.update_inputs(refitted, noise, step)
-        return refitted.learn(moments), moments, max(deviance / n_events, floor) if loss.is_quadratic else 1.0, deviance
+        return refitted.learn(moments), moments, noise_of(deviance), deviance
 
     def is_last(reached: float) -> bool:
         """Whether the iteration that reached this objective is."""
         nonlocal previous
         report(iteration, reached)
         before, previous = previous, reached
-        return schedule.is_settled(before, reached, n_events) or iteration == schedule.iterations
+        return schedule.is_settled(before, reached, n_events) or iteration >= schedule.iterations
 
     for _ in range(_RESUMING_STEPS if resume and not loss.is_quadratic else 1):
         user_moments, user_deviance = engine.update_users(users, noise)

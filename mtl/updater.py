@@ -176,7 +176,7 @@ class Updater:
     def release(self) -> int:
         """Apply the waiting events whose input has become known, after any release that died; how many they were.
 
-        None while a batch is interrupted.
+        0 while a batch is interrupted.
         """
         with self.gate:
             if self.interrupted:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from test_metrics import D, events, inputs, model_of
+from test_users import D, events, inputs, model_of
 
 from mtl import arrivals, gaussian, schema
 from mtl.features import feature_rows

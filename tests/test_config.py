@@ -191,6 +191,8 @@ def test_unknown_keys_of_a_file_are_all_named(toml):
         ("evaluate.als_ranks=[]", "evaluate.als_ranks = []: "),
         ("evaluate.validation_fraction=1", "evaluate.validation_fraction = 1: input should be less than 1"),
         ("train.tolerance=nan", "train.tolerance = nan: "),
+        ("model.implicit_weight=inf", "model.implicit_weight = inf: input should be a finite number"),
+        ("serve.coarseness=[inf]", "serve.coarseness = inf: input should be a finite number"),
     ],
 )
 def test_bad_value_is_named_with_what_would_be_right(assignment, shown):

@@ -51,6 +51,7 @@ class PythonTask(Part):
 
 class NotebookTask(Part):
     notebook_path: str
+    base_parameters: dict[str, str] = {}
 
 
 class Pypi(Part):
@@ -175,7 +176,7 @@ def test_every_variable_is_there_and_used():
 
 
 def test_every_other_reference_leads_somewhere():
-    known = ("bundle.name", "bundle.target")  # given by the CLI or by the bundle's own head
+    known = ("bundle.name", "bundle.target", "workspace.file_path")  # given by the CLI or by the bundle's own head
     for reference in set(re.findall(r"\$\{([\w.]+)\}", TEXT)):
         if reference.startswith("var.") or reference in known:
             continue

@@ -9,7 +9,7 @@ import pytest
 
 from mtl.config import load_settings
 from mtl.encode import Categories, Encoder, Number, Text
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, InputError
 from mtl.prior import Prior
 
 SETTINGS = load_settings(assignments=["encode.min_category_count=2", "encode.max_categories=3"]).encode
@@ -99,6 +99,14 @@ def test_a_list_of_categories_sets_every_one_it_holds() -> None:
     assert column.many
     raw = column(pd.Series([["y", "x"], ("y",), np.array(["new", "x"], object), [], None]))
     np.testing.assert_array_equal(raw, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 0]])
+
+
+def test_one_category_where_lists_were_is_one_and_a_list_where_one_was_is_refused() -> None:
+    lists = Encoder.fit(pd.DataFrame({"genres": [["ab"], ["a", "b"]] * 5}), SETTINGS)
+    np.testing.assert_array_equal(lists(pd.DataFrame({"genres": ["ab"]})), lists(pd.DataFrame({"genres": [["ab"]]})))
+    single = Encoder.fit(pd.DataFrame({"genre": ["a", "b"] * 5}), SETTINGS)
+    with pytest.raises(InputError, match="was one text or number"):
+        single(pd.DataFrame({"genre": [["a", "b"]]}))
 
 
 def test_a_missing_list_is_missing_however_pandas_writes_it() -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from sklearn.metrics import log_loss, mean_poisson_deviance
-from test_metrics import events, inputs, model_of
+from test_users import events, inputs, model_of
 
 from mtl import gaussian, progress, schema
 from mtl.arrow import lists, matrix

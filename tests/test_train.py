@@ -31,7 +31,7 @@ from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
 from mtl.resume import Checkpoint
-from mtl.train import Fit, Schedule, State, alternate
+from mtl.train import Fit, Noise, Schedule, State, alternate
 from mtl.userstep import Known, Specification
 from mtl.working import beliefs, settle
 
@@ -424,6 +424,19 @@ def test_weights_on_attributes_that_the_oracle_does_not_see_are_refused(asked: s
     _refuse_contradictions(load_settings([], [asked]), None)
 
 
+def test_a_training_that_is_resumed_beyond_its_last_iteration_ends() -> None:
+    """As where the iteration that predicted best is found to be an earlier one than before the interruption."""
+    problem, states = planted(14, events=200), list[State]()
+    engine, priors = problem.engine(2), (problem.user_prior(2), problem.input_prior(2))
+    of = LOSSES["squared"], len(problem), problem.label_variance
+    alternate(engine, *priors, *of, Schedule(6), save=states.append)
+    state = states[-1]
+    assert state.iteration > 3
+    engine.inputs, engine.applied = state.vectors, state.applied
+    fit = alternate(engine, *priors, *of, Schedule(3), resume=state)
+    assert fit.iterations == state.iteration + 1
+
+
 def test_a_training_of_damped_steps_that_is_resumed_goes_on_from_what_was_applied() -> None:
     """A step of less than 1 keeps a part of what the inputs were computed from: of nothing, they would shrink."""
     problem, form, schedule = counts(12), Form(2), Schedule(30)
@@ -477,7 +490,7 @@ def test_a_warm_start_is_where_the_earlier_training_ended() -> None:
         len(problem),
         problem.label_variance,
         Schedule(3),
-        start_noise=first.noise,
+        known=Noise(first.noise),
     )
     cold = problem.train(2, Schedule(3))
     assert again.objective[-1] < cold.objective[-1]

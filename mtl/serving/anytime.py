@@ -1,9 +1,8 @@
 """An input's features when there is no time to evaluate all of them: the others' conditional mean, and a variance to match.
 
 Evaluating the functions of a new input x in full gives g(x) = (o − μ, f_1 … f_k), and the features are c = g + δ with the
-learnt residual δ ~ N(0, S). Before, g is known as one of a population of inputs: jointly Gaussian, its mean a regression on
-what is known of x for nothing, and with it what intermediate *stages* of the functions say, such as the first trees of an
-ensemble. Everything that is evaluated is conditioned on (Bishop 2006, eq. 2.81 and 2.82), here one value at a time:
+learnt residual δ ~ N(0, S). Before, g is known as one of a population of inputs: jointly Gaussian, together with what
+intermediate *stages* of the functions say, such as the first trees of an ensemble. Everything that is evaluated is conditioned on (Bishop 2006, eq. 2.81 and 2.82), here one value at a time:
 
     m ← m + C_i (value − m_i)/C_ii        C ← C − C_i C_iᵀ/C_ii
 
@@ -48,35 +47,29 @@ class Step:
 class Population:
     """The joint belief of the m values of an input before any evaluation; the first d of them are g."""
 
-    coefficients: Array  # (q, m): the mean is linear in what is known for nothing
+    mean: Array  # (m,)
     covariance: Array  # C, (m, m)
     residual: Array  # S, (d, d)
 
     @classmethod
-    def fit(cls, values: Array, residual: Array, known: Array | None = None, ridge: float = 1.0) -> Population:
+    def fit(cls, values: Array, residual: Array) -> Population:
         """From n inputs evaluated in full.
 
         Args:
             values: (n, m), g first and then what its stages say.
             residual: S, (d, d), of :attr:`mtl.prior.VectorPrior.covariance`; 0 where functions are certain.
-            known: (n, q), a constant first; nothing else by default.
-            ridge: how many inputs a coefficient of 0 counts for, the constant's left free.
         """
-        n = len(values)
-        known = np.ones((n, 1)) if known is None else known
-        penalty = ridge * np.eye(known.shape[1])
-        penalty[0, 0] = 0.0
-        coefficients = np.linalg.solve(known.T @ known + penalty, known.T @ values)
-        left = values - known @ coefficients
-        return cls(coefficients, left.T @ left / max(n - known.shape[1], 1), residual)
+        mean = values.mean(0)
+        left = values - mean
+        return cls(mean, left.T @ left / max(len(values) - 1, 1), residual)
 
     @property
     def d(self) -> int:
         return len(self.residual)
 
-    def of(self, known: Array) -> Belief:
-        """Of inputs of whom that much is known, (n, q)."""
-        return Belief(known @ self.coefficients, self.covariance, self.residual, np.diag(self.covariance))
+    def of(self, n: int) -> Belief:
+        """Of n inputs."""
+        return Belief(np.tile(self.mean, (n, 1)), self.covariance, self.residual, np.diag(self.covariance))
 
 
 @dataclass(frozen=True)

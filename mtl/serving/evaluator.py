@@ -27,6 +27,7 @@ import pandas as pd
 
 from mtl import gaussian
 from mtl.config import ServeSettings
+from mtl.errors import InputError
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.model import Model
@@ -232,7 +233,7 @@ class Evaluator:
 
     def unreached(self, n: int) -> Array:
         """Features of inputs of which nothing was evaluated, (n, width)."""
-        return scorer.feature_rows(self._population.of(np.ones((n, 1))).features(self.model.mu))
+        return scorer.feature_rows(self._population.of(n).features(self.model.mu))
 
     # How it is done.
 
@@ -278,7 +279,7 @@ class Evaluator:
         """Features of encoded attributes as far as time allows, and whether that was all of them."""
         n, steps, lanes, d = len(encoded), self.plan.steps, self.lanes, self.model.d
         costs = [lane.seconds for lane in lanes]
-        start = self._population.of(np.ones((n, 1)))
+        start = self._population.of(n)
         places = list(range(len(steps)))
         if _PLENTY * sum(costs) > deadline - time.monotonic():
             places, _ = order(steps, costs, start, user.mean)
@@ -367,7 +368,7 @@ def _as_stored(value: Any) -> Any:
 def _encoded(model: Model, attributes: Sequence[Attributes]) -> Array:
     try:
         return model.encoded_inputs(frame_of(attributes))
-    except (TypeError, ValueError) as error:
+    except (InputError, TypeError, ValueError) as error:
         raise EncodingError(str(error)) from error
 
 

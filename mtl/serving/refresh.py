@@ -48,6 +48,7 @@ _TOLD = (
     schema.PROMOTED_AT,
 )
 _ROWS_AT_ONCE = 20_000
+_IDENTIFY_SECONDS = 60.0  # between two looks whether the tables are still those that are copied
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Refresher:
     history: History = field(init=False)
     _model: Model | None = None
     _commits: dict[str, int] = field(default_factory=dict)  # of the cycle in hand
+    _identified_at: float = -np.inf
 
     def __post_init__(self) -> None:
         self.takeover = Takeover(self.source, self.store, self.overlay)
@@ -113,10 +115,15 @@ class Refresher:
         return changed
 
     def _check(self, before: dict[str, int]) -> None:
-        """Refuse tables that were made anew: their numbers of commits and versions mean something else."""
-        if self._commits.get(MODELS, -1) < before.get(MODELS, -1) or self._commits.get(EVENTS, -1) < before.get(
-            EVENTS, -1
-        ):
+        """Refuse tables that were made anew, or are older than what was read: their numbers of commits mean something else."""
+        are_others = any(self._commits.get(table, -1) < before.get(table, -1) for table in (MODELS, EVENTS))
+        if not are_others and MODELS in self._commits and time.monotonic() > self._identified_at + _IDENTIFY_SECONDS:
+            known, identity = self.store.identity(), self.source.identity(MODELS)
+            if known is None:
+                self.store.write_identity(identity)
+            are_others = known not in (None, identity)
+            self._identified_at = -np.inf if are_others else time.monotonic()
+        if are_others:
             raise StateError(
                 f"the tables under {self.source.root} are gone or were made anew; this server goes on with what it has. "
                 f"For the new ones stop it and name another serve.store; the logs in {self.store.folder} are only there"

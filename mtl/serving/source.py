@@ -94,6 +94,10 @@ class Source:
             raise
         return known.version()
 
+    def identity(self, table: str) -> str:
+        """Of a table that there is, looked up: one that is made anew at its place has another."""
+        return str(DeltaTable(f"{self.root}/{table}").metadata().id)
+
     def commits(self, table: str, after: int, through: int) -> Iterator[Commit]:
         """The commits ``after`` < version ≤ ``through``, in order.
 

@@ -24,6 +24,7 @@ from mtl.gaussian import Array
 from mtl.serving.records import cycle_of, digest, prefix
 
 _LIVE, _SEEN_VERSIONS, _POPULAR, _MODEL_LIST = b"live", b"versions", b"popular", b"model_list"
+_IDENTITY = b"identity"
 _TABLES = (b"meta", b"models", b"users", b"index", b"ids", b"attributes", b"counts", b"seen", b"confirmed")
 _AT_ONCE = 10_000  # records a transaction
 
@@ -149,6 +150,12 @@ class Store:
         value = transaction.get(_SEEN_VERSIONS, db=self._db[b"meta"])
         return {} if value is None else msgspec.msgpack.decode(value)
 
+    def identity(self) -> str | None:
+        """Of the tables that are copied: others at the same place have another."""
+        with self.reading() as transaction:
+            value = transaction.get(_IDENTITY, db=self._db[b"meta"])
+            return None if value is None else str(value, "utf-8")
+
     def is_confirmed(self, event_id: str) -> bool:
         """Whether an observation is known to be in its user's row."""
         with self.reading() as transaction:
@@ -240,6 +247,10 @@ class Store:
     def write_model_list(self, models: list[dict[str, Any]]) -> None:
         with self.environment.begin(write=True) as transaction:
             transaction.put(_MODEL_LIST, msgspec.msgpack.encode(models), db=self._db[b"meta"])
+
+    def write_identity(self, identity: str) -> None:
+        with self.environment.begin(write=True) as transaction:
+            transaction.put(_IDENTITY, identity.encode(), db=self._db[b"meta"])
 
     def write_versions(self, **versions: int) -> None:
         with self.environment.begin(write=True) as transaction:

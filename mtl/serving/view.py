@@ -1,8 +1,8 @@
 """What a worker answers from: one model version, the features of its inputs, and users with what was observed of them.
 
-A view is of one version throughout; :func:`open_view` makes the next one when the store shows another. Here are the two
-places where an answer is made: :meth:`View.at_hand` (features of the inputs of a request) and :meth:`View.score`; features of
-inputs that have none are the :class:`mtl.serving.evaluator.Evaluator`'s.
+A view is of one version throughout; :func:`open_view` makes the next one when the store shows another. Features of the inputs
+of a request are gathered here and scored (:meth:`View.gather`, :meth:`View.score`); those of inputs that have none are evaluated
+by the :class:`mtl.serving.evaluator.Evaluator`, and what is believed of them then is :meth:`View.believe`'s to say.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mtl import blocks, gaussian
 from mtl.config import ServeSettings
 from mtl.effects import Offsets, of_one
+from mtl.errors import InputError
 from mtl.features import Features
 from mtl.forms import partly_given
 from mtl.gaussian import Array
@@ -227,7 +228,7 @@ class View:
         """The mean of the weights (d,) of a user without events."""
         try:
             return self.model.weights_without_events(self.model.prior_mean_of_new(frame_of([attributes])))[0]
-        except (TypeError, ValueError) as error:
+        except (InputError, TypeError, ValueError) as error:
             raise EncodingError(str(error)) from error
 
     def _after(self, before: Weights, pending: Sequence[Pending]) -> Weights:

@@ -159,7 +159,7 @@ def run(planted: Planted, requests: int, deadline_ms: float, clients: int, at_on
             user = int(random.integers(USERS))
             which = random.integers(INPUTS // 2, INPUTS, AT_ONCE)
             started = time.monotonic()
-            start = planted.population.of(np.ones((AT_ONCE, 1)))
+            start = planted.population.of(AT_ONCE)
             plan, _ = order(steps, [lane.seconds for lane in lanes], start, planted.w_mean[user])
             found = evaluate(steps, lanes, plan, which, started + deadline_ms / 1000 - RESERVE, at_once)
             reached = sorted(found)
@@ -207,7 +207,7 @@ def errors(planted: Planted, answers: Sequence[tuple]) -> dict:
     random = np.random.default_rng(5)
     squares: dict[str, list] = {name: [] for name in ("conditional mean", "population mean", "failing", "everything")}
     inside, failures = [], 0
-    start = planted.population.of(np.ones((AT_ONCE, 1)))
+    start = planted.population.of(AT_ONCE)
     for user, which, reached, mean, variance in answers:
         c = planted.values[which] + random.multivariate_normal(np.zeros(K + 1), planted.population.residual, AT_ONCE)
         w = planted.w[user].copy()

@@ -21,7 +21,7 @@ def population(seed: int, d: int, stages: int = 0) -> Population:
     """Correlated functions of unequal size, and stages that say part of a function each."""
     random, m = np.random.default_rng(seed), d + stages
     root = random.normal(size=(m, m)) * np.exp(random.normal(size=m))[:, None] / m**0.5
-    return Population(random.normal(size=(1, m)), root @ root.T, 0.05 * np.eye(d))
+    return Population(random.normal(size=m), root @ root.T, 0.05 * np.eye(d))
 
 
 def singles(d: int) -> list[Step]:
@@ -34,8 +34,8 @@ def test_one_value_at_a_time_is_the_textbook_s_formula(seed: int, d: int, stages
     of = population(seed, d, stages)
     places = data.draw(st.permutations(range(d + stages)))[: data.draw(st.integers(0, d + stages))]
     values = np.random.default_rng(seed).normal(size=(3, len(places)))
-    found = of.of(np.ones((3, 1))).given(places, values)
-    C, m = of.covariance, of.coefficients[0]
+    found = of.of(3).given(places, values)
+    C, m = of.covariance, of.mean
     gain = np.linalg.solve(C[np.ix_(places, places)], C[places]).T
     scale = np.sqrt(np.outer(np.diag(C), np.diag(C)))
     np.testing.assert_allclose(found.covariance / scale, (C - gain @ C[places]) / scale, atol=1e-6)
@@ -45,7 +45,7 @@ def test_one_value_at_a_time_is_the_textbook_s_formula(seed: int, d: int, stages
 
 def test_all_evaluated_are_the_features_of_a_new_input() -> None:
     of, values = population(0, 4), np.random.default_rng(1).normal(size=(5, 4))
-    features = of.of(np.ones((5, 1))).given(range(4), values).features(2.0)
+    features = of.of(5).given(range(4), values).features(2.0)
     np.testing.assert_array_equal(features.offset, 2.0 + values[:, 0])
     np.testing.assert_array_equal(features.phi[:, 1:], values[:, 1:])
     np.testing.assert_allclose(gaussian.unpack(features.vectors(2.0).covariance, 4), np.tile(of.residual, (5, 1, 1)))
@@ -83,8 +83,8 @@ def test_worth_is_the_variance_of_h_that_is_removed_whatever_the_weights_are_uns
     draws = random.normal(size=(n, d))
     draws -= draws.mean(0)
     draws = draws @ np.linalg.inv(np.linalg.cholesky(draws.T @ draws / n)).T
-    g = of.coefficients[0] + draws @ np.linalg.cholesky(of.covariance).T
-    start = of.of(np.ones((n, 1)))
+    g = of.mean + draws @ np.linalg.cholesky(of.covariance).T
+    start = of.of(n)
     known = start.given((1, 3), g[:, [1, 3]])
     w, second = (
         np.tile(w_mean, (n, 1)),
@@ -111,17 +111,6 @@ def test_stages_come_before_what_needs_them_and_are_chosen_together() -> None:
     assert order(steps, [3.0, 1.0, 3.0, 2.0], start, w)[0] == [3, 0, 1, 2]
 
 
-def test_what_is_known_for_nothing_moves_the_mean_and_narrows_the_spread() -> None:
-    random, n = np.random.default_rng(0), 20_000
-    z = np.column_stack([np.ones(n), random.normal(size=n)])
-    values = z @ np.array([[1.0, 2.0], [3.0, -1.0]]) + random.normal(size=(n, 2)) * [0.5, 2.0]
-    of = Population.fit(values, np.zeros((2, 2)), z)
-    np.testing.assert_allclose(of.of(np.array([[1.0, 2.0]])).mean, [[7.0, 0.0]], atol=0.1)
-    np.testing.assert_allclose(of.covariance, np.diag([0.25, 4.0]), atol=0.1)
-    blind = Population.fit(values, np.zeros((2, 2)))
-    assert blind.covariance[0, 0] == pytest.approx(9.25, rel=0.05)
-
-
 @pytest.mark.parametrize("budget", [0.0, 1.0, 3.0, 6.0, np.inf])
 def test_the_90_percent_interval_holds_90_percent_whatever_the_deadline(budget: float) -> None:
     """Labels of planted users and inputs; what is reached depends on each user's own order."""
@@ -133,10 +122,10 @@ def test_the_90_percent_interval_holds_90_percent_whatever_the_deadline(budget: 
     for _ in range(users):
         w_mean, V = random.normal(size=d), 0.1 * prior_root @ prior_root.T
         w = random.multivariate_normal(w_mean, V)
-        values = random.multivariate_normal(of.coefficients[0], of.covariance, per_user)
+        values = random.multivariate_normal(of.mean, of.covariance, per_user)
         c = values[:, :d] + random.multivariate_normal(np.zeros(d), of.residual, per_user)
         y = w[0] + c @ np.concatenate([[1.0], w[1:]]) + noise**0.5 * random.normal(size=per_user)
-        start = of.of(np.ones((per_user, 1)))
+        start = of.of(per_user)
         places, _ = order(steps, costs.tolist(), start, w_mean)
         reached = [step for step, spent in zip(places, np.cumsum(costs[places]), strict=True) if spent <= budget]
         seen = [i for step in reached for i in steps[step].reveals]

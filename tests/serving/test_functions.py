@@ -74,7 +74,7 @@ def test_all_steps_give_the_features_of_a_new_input(name: str) -> None:
     of, rows = MODELS[name], attributes(7, 1)
     plan = plan_of(of)
     lanes = [Lane(f"{name} {step.name}", function) for step, function in zip(plan.steps, plan.functions, strict=True)]
-    start = population(plan, of).of(np.ones((7, 1)))
+    start = population(plan, of).of(7)
     places, left = order(plan.steps, [1.0] * len(lanes), start, np.random.default_rng(0).normal(size=of.d))
     assert left[-1] == pytest.approx(0.0, abs=1e-9 * left[0])
     found = evaluate(plan.steps, lanes, places, of.encoded_inputs(rows), time.monotonic() + 30)
@@ -92,7 +92,7 @@ def test_half_of_a_sum_says_what_the_whole_may_be() -> None:
     of = model(Form(0), trees(3, 10))
     plan = plan_of(of)
     assert [step.name for step in plan.steps] == ["f0 begun", "f0"]
-    start = population(plan, of).of(np.ones((1, 1)))
+    start = population(plan, of).of(1)
     _, left = order(plan.steps, [1.0] * 2, start, np.ones(1))
     assert left[0] == pytest.approx(start.covariance[0, 0])
     begun = start.given([1], np.zeros((1, 1))).covariance[0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from made_up import MU, VERSION, covariances, features, model_row
 from mtl import gaussian, schema
 from mtl.arrow import lists
 from mtl.config import load_settings
+from mtl.errors import StateError
 from mtl.features import Features, feature_rows
 from mtl.layout import PARTITIONED_BY
 from mtl.schema import (
@@ -267,6 +269,20 @@ def test_an_erasure_whose_reading_ends_early_is_begun_again(
     assert (tables.counts(), tables.seen("u1")) == ({"x0": 1, "x1": 1}, 1)  # all or nothing
     tables.refresh()
     assert (tables.counts(), tables.seen("u1")) == ({"x0": 2}, 0)
+
+
+def test_tables_made_anew_at_the_same_place_are_not_followed(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many commits as there were, too."""
+    tables.refresh()
+    row = tables.refresher.source.query(MODELS, "select * from t")
+    models = pa.Table.from_batches(row)
+    shutil.rmtree(tables.root / MODELS)
+    tables.append(MODELS, models)
+    tables.refresh()  # nobody has looked yet
+    monkeypatch.setattr("mtl.serving.refresh._IDENTIFY_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(StateError, match="are gone or were made anew"):
+            tables.refresh()
 
 
 def test_parts_of_a_commit_add_up(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:

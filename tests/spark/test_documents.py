@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import runpy
@@ -180,7 +181,7 @@ def test_the_commands_of_sizing_and_what_the_guide_quotes_of_them() -> None:
     guide = (ROOT / "mtl" / "guide" / "sizing.md").read_text()
     asked = needs[0]
     for quoted in (
-        f"{asked['retrain_core_hours']:.0f} core-hours: 4 hours on {asked['cores_for_a_retraining']:.0f} cores",
+        f"{asked['retrain_core_hours']:.0f} core-hours: 4 hours on {math.ceil(asked['cores_for_a_retraining'])} cores",
         f"{asked['memory_gb_of_all_executors'] / 1000:.1f} TB",
         f"{asked['users_table_gb']:.0f} GB",
         f"{asked['core_seconds_of_a_batch_of_200k']:.0f} core-seconds a batch, {asked['cores_for_the_stream']:.0f} cores",

@@ -113,8 +113,19 @@ def test_what_incremental_training_cannot_do_is_refused(live: Tables, tmp_path: 
         retrain(live, settings('train.lock=["features"]', "model.loss=poisson"))
     with pytest.raises(ConfigError, match=r"train\.lock is for the live version's form, with k = 2"):
         retrain(live, settings('train.lock=["users"]', "model.k=3"))
+    with pytest.raises(ConfigError, match=r"train\.lock is for the live version's form, with k = 2"):
+        retrain(live, settings('train.lock=["features"]', "model.k=3"))
     with pytest.raises(ConfigError, match=r"train\.holdout chooses"):
         retrain(live, settings("train.holdout=0.1"))
+
+
+def test_a_few_events_leave_the_noise_what_many_said_it_is(live: Tables, tmp_path: Path) -> None:
+    before, few = load_model(live).noise, np.arange(FIRST, FIRST + 2)
+    ingest_events(live, settings(), file_of(tmp_path, few), {})
+    report = retrain(live, INCREMENTAL, promote=True)
+    assert report["rows"] == len(few)
+    assert load_model(live).noise == pytest.approx(before, rel=0.02)
+    assert report["objective"] == sorted(report["objective"], reverse=True)
 
 
 def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:

@@ -384,6 +384,37 @@ def test_rows_that_are_no_events_are_told_in_the_words_of_the_data(spark: SparkS
         _ = OracleMTLModel().rank
 
 
+def test_labels_of_which_sums_of_squares_tell_nothing_are_refused(spark: SparkSession) -> None:
+    for constant, says in ((1e4, None), (1e9, "subtract a constant, such as 1e\\+09"), (1e12, "subtract a constant")):
+        rows = spark.createDataFrame(ratings().assign(rating=PROBLEM.label + constant))
+        if says is None:
+            assert estimator(spark).fit(rows).model.noise < PROBLEM.label.var()
+            continue
+        with pytest.raises(StateError, match=says):
+            estimator(spark).fit(rows)
+
+
+def test_counts_that_are_all_alike_tell_rates_where_exposures_differ(spark: SparkSession) -> None:
+    exposure = np.random.default_rng(0).normal(size=len(ratings()))
+    rows = spark.createDataFrame(ratings().assign(rating=1.0, exposure=exposure))
+    poisson = estimator(spark, settings={**FAST, "model.loss": "poisson"})
+    with pytest.raises(StateError, match="the label 1: there is nothing to learn"):
+        poisson.fit(rows)
+    assert poisson.setOffsetCol("exposure").fit(rows).model.loss == "poisson"
+
+
+def test_attributes_with_one_name_twice_are_told(spark: SparkSession) -> None:
+    rows = spark.createDataFrame(items()).withColumn("Year", F.lit(1.0))
+    with pytest.raises(InputError, match="columns year, Year have the same name but for its case"):
+        estimator(spark).setItemAttributes(rows).fit(spark.createDataFrame(ratings()))
+
+
+def test_half_lives_want_times(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_MODEL__HALF_LIFE_DAYS", "3")
+    with pytest.raises(ConfigError, match="event_time"):
+        estimator(spark).fit(spark.createDataFrame(ratings()))
+
+
 def test_params_and_settings_meet_in_one_place() -> None:
     of = OracleMTL(rank=3, settings={"model.k": 5, "train.iterations": 4, "oracle.params": {"max_depth": 2}})
     settings = of.read_settings()

@@ -1,11 +1,10 @@
-"""Costs and response scales of the losses against scikit-learn's."""
+"""Events added to users: batch after batch, in turns, and aged."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from sklearn import metrics as theirs
 
 from mtl import blocks, gaussian, schema
 from mtl.arrow import matrix
@@ -124,30 +123,3 @@ def test_another_order_changes_little_and_squared_loss_nothing() -> None:
             for turn in (np.zeros(60, int), np.arange(60) % 4 + 1)
         ]
         assert np.abs(w[0] - w[1]).max() < limit
-
-
-def test_deviations_are_those_of_labels() -> None:
-    """By simulation of h and of the label given h."""
-    random = np.random.default_rng(2)
-    m, v = np.array([0.4]), np.array([0.3])
-    h = random.normal(m, np.sqrt(v), size=400_000)
-    draws = {
-        "squared": h + random.normal(size=len(h)) * 0.5,
-        "logistic": random.uniform(size=len(h)) < 1 / (1 + np.exp(-h)),
-        "poisson": random.poisson(np.exp(h)),
-    }
-    for loss, labels in draws.items():
-        assert LOSSES[loss].deviation(m, v, 0.25)[0] == pytest.approx(labels.std(), rel=0.02)
-        assert LOSSES[loss].response(m, v)[0] == pytest.approx(labels.mean(), rel=0.02)
-
-
-def test_the_surprise_of_labels_ranks_predictions_as_the_log_loss_does() -> None:
-    random = np.random.default_rng(3)
-    h, y = random.normal(size=50), random.integers(0, 2, 50).astype(float)
-    nothing = np.zeros(50)
-    ours = LOSSES["logistic"].surprise(h, nothing, np.ones(50), y).mean()
-    assert ours == pytest.approx(theirs.log_loss(y, 1 / (1 + np.exp(-h))), rel=1e-9)
-    rate, counts = np.exp(h), random.poisson(1.0, 50).astype(float)
-    difference = [LOSSES["poisson"].surprise(x, nothing, np.ones(50), counts).mean() for x in (h, nothing)]
-    deviances = [theirs.mean_poisson_deviance(counts, r) for r in (rate, np.ones(50))]
-    assert 2 * (difference[0] - difference[1]) == pytest.approx(deviances[0] - deviances[1], rel=1e-9)

@@ -21,11 +21,10 @@ from mtl.config import Settings
 from mtl.errors import StateError
 from mtl.ledger import ERASE, added, batches_of, consumed
 from mtl.losses import LOSSES
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
 from mtl.rebuild import applied, at_once, rebuilt
-from mtl.schema import BATCH, INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.schema import BATCH, INPUT_ID, USER_ID
 from mtl.tables import Tables, as_long_as_kept
 
 log = logging.getLogger("mtl")
@@ -111,8 +110,8 @@ def _update_adds_up(tables: Tables, model: Model) -> Check:
     )
     gaps = sum(row["batches"] != row["last"] + 1 for row in rows.collect())
     streamed, erased = added(tables, model.version), added(tables, model.version, ERASE)
-    trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    trained = tables.of_version(schema.MODELS, model.version).first()[schema.N_EVENTS]
+    users = tables.of_version(schema.USERS, model.version)
     total, n, distinct = users.agg(F.sum(schema.N_EVENTS), F.count(F.lit(1)), F.count_distinct(USER_ID)).first()
     check = {
         "holds": not gaps and total == trained + streamed + erased and n == distinct,
@@ -146,7 +145,7 @@ def _users_equal_scratch(tables: Tables, model: Model, tolerance: float) -> Chec
         events = applied(tables, model, commit)
     except StateError as error:
         return {"holds": False, "reason": str(error)}
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    users = tables.of_version(schema.USERS, model.version)
     scratch = rebuilt(tables, model, events)
     both = users.where(F.col(schema.N_EVENTS) > 0).alias("stored").join(scratch.alias("scratch"), USER_ID, "full")
     differences = {
@@ -190,7 +189,7 @@ def _features_equal_oracle(tables: Tables, model: Model, tolerance: float) -> Ch
 
     Training had the attributes of its time; an input that came after it has those of some time since.
     """
-    stored, artefact = features_of(tables, model).toArrow(), model.artefact
+    stored, artefact = tables.of_version(schema.FEATURES, model.version).toArrow(), model.artefact
     ids = stored[INPUT_ID].combine_chunks()
     with as_long_as_kept(f"the inputs that version {model.version} was trained on have been vacuumed: retrain"):
         at_training = tables.read(schema.INPUTS, model.inputs_version).toPandas()

@@ -10,7 +10,6 @@ from pyspark.sql import functions as F
 
 from mtl import schema
 from mtl.checkpoint import Place
-from mtl.schema import MODEL_VERSION
 from mtl.tables import Tables
 
 FIGURES = ("lag_commits", "lag_events", "lag_seconds")
@@ -34,8 +33,7 @@ def lag(tables: Tables, consumed: int) -> dict[str, int]:
 
 def unreleased(tables: Tables, version: int) -> DataFrame:
     """A version's events whose input is not known yet."""
-    rows = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version)
-    return rows.where(F.col(schema.RELEASED).isNull())
+    return tables.of_version(schema.WAITING, version).where(F.col(schema.RELEASED).isNull())
 
 
 def delays(

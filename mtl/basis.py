@@ -21,19 +21,6 @@ from mtl.regressors import Linear, Oracle, Regressor, combine
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11
 
-__all__ = [
-    "Boosting",
-    "FitAll",
-    "FittedBasis",
-    "Oracle",
-    "OracleBasis",
-    "Refitting",
-    "Regressor",
-    "check_told",
-    "fit_one",
-    "integrated_weights",
-]
-
 _ROUNDING = 1e-9  # of the weighted error: a gain by less is none
 _TOLD = 1e-12  # of the largest weight: less is no evidence
 

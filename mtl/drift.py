@@ -41,7 +41,7 @@ class Seen:
     @classmethod
     def of_version(cls, tables: Tables, version: int) -> Seen:
         """As the version's retraining left it with its metrics."""
-        row = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == version).select(schema.METRICS).first()
+        row = tables.of_version(schema.MODELS, version).select(schema.METRICS).first()
         metrics = json.loads(row[schema.METRICS])
         return cls(np.array(metrics[_MEAN]), np.array(metrics[_STD]))
 

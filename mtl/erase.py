@@ -48,7 +48,6 @@ from mtl.errors import InputError, StateError
 from mtl.ingest import ingest_events
 from mtl.layout import SCHEMAS
 from mtl.ledger import ERASE, consumed, ledger_of
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model, versions
 from mtl.rebuild import applied, at_once, rebuilt
@@ -233,7 +232,7 @@ def _recompute(tables: Tables, erasure: Erasure, model: Model, affected: DataFra
             log.info("erase: model version %d is refitted for those users: %s", model.version, error)
             events, refit = at_once(tables, model, commit), True
         rows = rebuilt(tables, model, events, affected).persist()
-        stored = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+        stored = tables.of_version(schema.USERS, model.version)
         held, left = (
             of.agg(F.sum(schema.N_EVENTS)).first()[0] or 0 for of in (stored.join(affected, USER_ID, "left_semi"), rows)
         )
@@ -253,7 +252,7 @@ def _unlearn(tables: Tables, model: Model, inputs: DataFrame) -> None:
     It cannot be taken out alone, for it was about what was known of users at the time; it comes back with new events, and
     with the next retraining.
     """
-    rows = features_of(tables, model).where(F.col(schema.N_EVENTS) > 0)
+    rows = tables.of_version(schema.FEATURES, model.version).where(F.col(schema.N_EVENTS) > 0)
     learnt = rows.join(F.broadcast(inputs), INPUT_ID, "left_semi").toArrow()
     if not len(learnt):
         return

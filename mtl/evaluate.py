@@ -19,7 +19,7 @@ from mtl.model import Model
 from mtl.models import load_model
 from mtl.parse import match_events, typed_events
 from mtl.read import SourceFile, open_file, readable
-from mtl.schema import CONTEXT, INPUT_ID, LABEL, MODEL_VERSION, N_EVENTS, OFFSET, REASON, USER_ID
+from mtl.schema import CONTEXT, INPUT_ID, LABEL, N_EVENTS, OFFSET, REASON, USER_ID
 from mtl.score import PREDICTION, STD, score
 from mtl.tables import Tables
 
@@ -69,7 +69,7 @@ def evaluate(
         if with_baselines:
             names = baselines.names(LOSSES[model.loss])
             scored, chosen = baselines.with_baselines(tables, model, settings.evaluate, train, scored)
-        users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version).select(USER_ID, N_EVENTS)
+        users = tables.of_version(schema.USERS, model.version).select(USER_ID, N_EVENTS)
         scored = scored.join(users, USER_ID, "left").persist()
         groups = _sums(scored, model, names)
         ranked = {name: ranking(scored, model, name) for name in (PREDICTION, *names)}

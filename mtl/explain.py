@@ -19,9 +19,8 @@ from mtl.effects import of_one
 from mtl.errors import ConfigError, StateError
 from mtl.gaussian import Array
 from mtl.ledger import ledger_of
-from mtl.materialize import features_of
 from mtl.model import Model, model_of
-from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.schema import INPUT_ID, USER_ID
 from mtl.score import PREDICTION, STD, inputs_of, score_rows
 from mtl.tables import Tables, as_long_as_kept
 
@@ -61,12 +60,11 @@ class Past:
 
     @property
     def features(self) -> DataFrame:
-        return features_of(self.tables, self.model, self.versions[schema.FEATURES])
+        return self.tables.of_version(schema.FEATURES, self.model.version, self.versions[schema.FEATURES])
 
     @property
     def users(self) -> DataFrame:
-        rows = self.tables.read(schema.USERS, self.versions[schema.USERS])
-        return rows.where(F.col(MODEL_VERSION) == self.model.version)
+        return self.tables.of_version(schema.USERS, self.model.version, self.versions[schema.USERS])
 
     def score(self, rows: DataFrame) -> DataFrame:
         """:func:`mtl.score.score_rows` as it would have answered then."""

@@ -23,7 +23,7 @@ from mtl.decay import last_times, with_ages
 from mtl.differentiable import check_gradient, make_function
 from mtl.distributed import DistributedEngine
 from mtl.encode import Encoder, InputEncoder
-from mtl.engine import SparkEngine, Specification
+from mtl.engine import SparkEngine
 from mtl.errors import ConfigError, StateError
 from mtl.firstorder import FunctionBasis, make_optimizer
 from mtl.forms import Form, partly_given
@@ -42,6 +42,7 @@ from mtl.start import Live, from_covariance
 from mtl.supervised import Supervised
 from mtl.train import START_VARIANCE, Fit, Noise, Schedule, alternate
 from mtl.trained import Trained
+from mtl.userstep import Specification
 from mtl.zeros import WithZeros, without_zeros
 
 log = logging.getLogger("mtl")

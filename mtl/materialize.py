@@ -22,11 +22,6 @@ log = logging.getLogger("mtl")
 _AT_ONCE = 100_000  # inputs evaluated and written in one commit
 
 
-def features_of(tables: Tables, model: Model, commit: int | None = None) -> DataFrame:
-    """Rows of the features table of the model's version, now or as of a commit of the table."""
-    return tables.read(schema.FEATURES, commit).where(F.col(MODEL_VERSION) == model.version)
-
-
 def materialize(tables: Tables, model: Model, only: DataFrame | None = None) -> int:
     """Write features for inputs that have attributes but no features of this model version; how many there were.
 
@@ -38,7 +33,7 @@ def materialize(tables: Tables, model: Model, only: DataFrame | None = None) -> 
     inputs = tables.read(schema.INPUTS)
     if only is not None:
         inputs = inputs.join(F.broadcast(only), INPUT_ID, "left_semi")
-    missing = inputs.join(features_of(tables, model), INPUT_ID, "left_anti").toPandas()
+    missing = inputs.join(tables.of_version(schema.FEATURES, model.version), INPUT_ID, "left_anti").toPandas()
     for first in range(0, len(missing), _AT_ONCE):
         insert_features(tables, model, missing.iloc[first : first + _AT_ONCE])
     if len(missing):

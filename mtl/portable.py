@@ -11,11 +11,9 @@ import cloudpickle
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.sql import functions as F
 
 from mtl import blocks, schema
 from mtl.contexts import COLUMN
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.schema import INPUT_ID, OFFSET, USER_ID
 from mtl.score import PREDICTION, STATE, STD, add_scores, inputs_of
@@ -61,13 +59,13 @@ class PortableModel:
 
 def save_portable(tables: Tables, model: Model, folder: Path) -> None:
     """Write the files of a model version as its tables are now; they pass through the driver's memory."""
-    users = tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == model.version)
+    users = tables.of_version(schema.USERS, model.version)
     states = [users.select(USER_ID, *STATE).withColumnsRenamed(STATE).toArrow()]
     attributes = tables.read(schema.USER_ATTRIBUTES)
     if len(attributes.columns) > 1:
         without = attributes.join(users.select(USER_ID), USER_ID, "left_anti")
         states.append(prior_means(without, model).withColumnsRenamed(STATE).toArrow())
-    shared, inputs = features_of(tables, model), tables.read(schema.INPUTS)
+    shared, inputs = tables.of_version(schema.FEATURES, model.version), tables.read(schema.INPUTS)
     known = inputs_of(model, shared, inputs, shared.select(INPUT_ID).union(inputs.select(INPUT_ID)).distinct())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MODEL).write_bytes(cloudpickle.dumps((model, known)))
@@ -82,10 +80,7 @@ def load_portable(folder: str | Path) -> PortableModel:
 
 def size_mb(tables: Tables, model: Model) -> float:
     """About how large the files would be, by the packed sums of users and features of inputs (MB)."""
-    rows = sum(
-        tables.read(table).where(F.col(schema.MODEL_VERSION) == model.version).count()
-        for table in (schema.USERS, schema.FEATURES)
-    )
+    rows = sum(tables.of_version(table, model.version).count() for table in (schema.USERS, schema.FEATURES))
     return rows * 8 * (model.d * (model.d + 1) / 2 + 2 * model.d) / 1e6
 
 

@@ -10,18 +10,12 @@ from mtl.arrivals import shared_inputs
 from mtl.backlog import unreleased
 from mtl.ledger import ledger_of
 from mtl.losses import LOSSES
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.replay import in_turns, snapshot
-from mtl.schema import EVENT_ID, MODEL_VERSION, USER_ID
+from mtl.schema import EVENT_ID, USER_ID
 from mtl.sharing import cores
 from mtl.tables import Tables
 from mtl.users import TRAINING, TURN, updated_users
-
-
-def waiting_of(tables: Tables, model: Model) -> DataFrame:
-    """The version's waiting events, released or not."""
-    return tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == model.version)
 
 
 def applied(tables: Tables, model: Model, commit: int) -> DataFrame:
@@ -32,7 +26,9 @@ def applied(tables: Tables, model: Model, commit: int) -> DataFrame:
     """
     if LOSSES[model.loss].is_quadratic:
         return at_once(tables, model, commit)
-    return in_turns(tables, model, ledger_of(tables, model.version), waiting_of(tables, model), commit)
+    return in_turns(
+        tables, model, ledger_of(tables, model.version), tables.of_version(schema.WAITING, model.version), commit
+    )
 
 
 def at_once(tables: Tables, model: Model, commit: int) -> DataFrame:
@@ -51,10 +47,10 @@ def rebuilt(tables: Tables, model: Model, events: DataFrame, only: DataFrame | N
     Args:
         only: user_id of all users that the events are of; None: of any.
     """
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    users = tables.of_version(schema.USERS, model.version)
     if only is not None:
         users, events = (rows.join(F.broadcast(only), USER_ID, "left_semi") for rows in (users, events))
-    inputs = shared_inputs(features_of(tables, model).toArrow(), model)
+    inputs = shared_inputs(tables.of_version(schema.FEATURES, model.version).toArrow(), model)
     described = users.select(USER_ID, schema.PRIOR_MEAN)
     partitions = cores(tables.spark)
     return updated_users(events, users.limit(0), described, model, inputs, partitions)

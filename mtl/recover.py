@@ -15,7 +15,6 @@ from mtl import schema
 from mtl.checkpoint import Checkpoint, Place, end_of, offsets_at
 from mtl.errors import ReplayError
 from mtl.ledger import ERASE, UPDATE, added, batches_of, last_batch, ledger_of
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.replay import files_added, ids_of_files
 from mtl.schema import INPUT_ID, MODEL_VERSION
@@ -93,9 +92,9 @@ def recover(tables: Tables, model: Model, checkpoint: Checkpoint) -> None:
 
 def _without_the_unapplied(tables: Tables, model: Model, last: Row) -> Row | None:
     """Take the last batch back where it was planned and never reached the users; the batch that is now the last."""
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    users = tables.of_version(schema.USERS, model.version)
     held = users.agg(F.sum(schema.N_EVENTS)).first()[0] or 0
-    trained = tables.read(schema.MODELS).where(F.col(MODEL_VERSION) == model.version).first()[schema.N_EVENTS]
+    trained = tables.of_version(schema.MODELS, model.version).first()[schema.N_EVENTS]
     recorded = trained + added(tables, model.version) + added(tables, model.version, ERASE)
     if held == recorded:
         return last
@@ -115,7 +114,7 @@ def _take_back_what_was_learnt(tables: Tables, model: Model, last: Row) -> None:
     commits = tables.commits_with(schema.FEATURES, mark_of(last[schema.APPLICATION_ID], last[schema.BATCH_ID]))
     if not commits:
         return
-    before = features_of(tables, model, commits[0] - 1).where(F.col(schema.N_EVENTS).isNotNull())
+    before = tables.of_version(schema.FEATURES, model.version, commits[0] - 1).where(F.col(schema.N_EVENTS).isNotNull())
     same = f"stored.{MODEL_VERSION} = {model.version} AND stored.{INPUT_ID} = before.{INPUT_ID}"
     merge = tables.delta(schema.FEATURES).alias("stored").merge(before.alias("before"), same)
     merge.whenMatchedUpdateAll().execute()
@@ -124,7 +123,7 @@ def _take_back_what_was_learnt(tables: Tables, model: Model, last: Row) -> None:
 def drop_unplanned(tables: Tables, version: int) -> None:
     """Forget waiting events of batches that the ledger does not have: a new checkpoint will read them again."""
     batch = (schema.APPLICATION_ID, schema.BATCH_ID)
-    waiting = tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == version).select(*batch).distinct().collect()
+    waiting = tables.of_version(schema.WAITING, version).select(*batch).distinct().collect()
     planned = ledger_of(tables, version).select(*batch).collect() if waiting else []
     for row in set(waiting) - set(planned):
         tables.delta(schema.WAITING).delete(_same_batch(row) & (F.col(MODEL_VERSION) == version))

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from mtl import models, schema, tracking
 from mtl.config import Settings, TrainSettings
@@ -52,9 +51,9 @@ def _retrain(tables: Tables, settings: Settings, promote: bool) -> dict[str, Any
         tables.append(schema.USERS, trained.user_rows(version))
     finally:
         trained.engine.close()
-    features = tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == version)
+    features = tables.of_version(schema.FEATURES, version)
     seen = seen_in_training(features, trained.catalogue.ids, trained.catalogue.counts, model.d)
-    n_users = tables.read(schema.USERS).where(F.col(schema.MODEL_VERSION) == version).count()
+    n_users = tables.of_version(schema.USERS, version).count()
     result = {**trained.report, "users": n_users, **seen.metrics, "seconds": round(time.monotonic() - started, 3)}
     objective = trained.fit.objective
     row = model_row(model, settings.model.form, objective, trained.catalogue.n_events, result, settings)
@@ -71,7 +70,7 @@ def _live(tables: Tables, settings: TrainSettings) -> Live | None:
     if not settings.lock and not begins:
         return None
     model = models.load_model(tables)
-    features = tables.read(schema.FEATURES).where(F.col(schema.MODEL_VERSION) == model.version)
+    features = tables.of_version(schema.FEATURES, model.version)
     return Live(model, features, _batches(tables, model) if settings.incremental else None)
 
 

@@ -25,9 +25,8 @@ from mtl.effects import part_of
 from mtl.features import Features
 from mtl.gaussian import Array
 from mtl.losses import LOSSES
-from mtl.materialize import features_of
 from mtl.model import Model
-from mtl.schema import INPUT_ID, MODEL_VERSION, USER_ID
+from mtl.schema import INPUT_ID, USER_ID
 from mtl.sharing import share
 from mtl.tables import Tables
 from mtl.users import SharedInputs, fill_prior_means, prior_means
@@ -43,9 +42,9 @@ _ROWS_AT_ONCE = 16_384  # rows whose packed moments are gathered at once
 
 def score(tables: Tables, model: Model, rows: DataFrame) -> DataFrame:
     """:func:`score_rows` with what the tables hold for the model's version."""
-    users = tables.read(schema.USERS).where(F.col(MODEL_VERSION) == model.version)
+    users = tables.of_version(schema.USERS, model.version)
     inputs, user_attributes = tables.read(schema.INPUTS), tables.read(schema.USER_ATTRIBUTES)
-    return score_rows(model, features_of(tables, model), users, inputs, user_attributes, rows)
+    return score_rows(model, tables.of_version(schema.FEATURES, model.version), users, inputs, user_attributes, rows)
 
 
 def score_rows(

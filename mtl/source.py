@@ -221,8 +221,9 @@ class _Drift(InputError):
 class Columns:
     """Which of our columns a source had at first, and of what kind, kept in a file; drift is what differs.
 
-    A batch that is repeated begins from what there was before it: :meth:`keep` is for its end. A column that was not there at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that
-    is none is a matter of its row. JSON rows name their columns each, so that only a whole file's absence is noticed.
+    A batch that is repeated begins from what there was before it: :meth:`keep` is for its end. A column that was not there
+    at first is let pass. Text formats (CSV, JSON lines) have no kinds: there a value that is none is a matter of its row.
+    JSON rows name their columns each, so that only a whole file's absence is noticed.
 
     Raises:
         StateError: the file is damaged.

@@ -20,6 +20,7 @@ from mtl import schema
 from mtl.config import is_catalog
 from mtl.errors import ConfigError, StateError
 from mtl.layout import PARTITIONED_BY, PROPERTIES, SCHEMAS
+from mtl.schema import MODEL_VERSION
 
 # Operations of commits that leave a table's rows as they were.
 REARRANGING = ("OPTIMIZE", "REORG", "SET TBLPROPERTIES", "VACUUM START", "VACUUM END")
@@ -104,6 +105,10 @@ class Tables:
         if version is None:
             return self.spark.read.table(self.name(table))
         return self.spark.read.option("versionAsOf", version).table(self.name(table))
+
+    def of_version(self, table: str, model_version: int, version: int | None = None) -> DataFrame:
+        """The rows of a model version, now or as of a commit."""
+        return self.read(table, version).where(F.col(MODEL_VERSION) == model_version)
 
     def changes(self, table: str, since: int) -> DataFrame:
         """The rows that the commits from ``since`` on wrote, of a table with a change data feed, in its columns and its feed's."""

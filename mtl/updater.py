@@ -42,7 +42,7 @@ from mtl.checkpoint import Checkpoint
 from mtl.errors import ReplayError
 from mtl.gate import Gate
 from mtl.ledger import UPDATE
-from mtl.materialize import features_of, materialize
+from mtl.materialize import materialize
 from mtl.model import Model
 from mtl.parse import EVENT_COLUMNS
 from mtl.progress import Progress
@@ -293,7 +293,9 @@ class Updater:
         self.inputs = arrivals.renewed(self.inputs, self._features_of(codes.dictionary), self.model)
 
     def _features_of(self, inputs: pa.Array) -> pa.Table:
-        rows = features_of(self.tables, self.model).join(F.broadcast(self._ids(inputs)), INPUT_ID, "left_semi")
+        rows = self.tables.of_version(schema.FEATURES, self.model.version).join(
+            F.broadcast(self._ids(inputs)), INPUT_ID, "left_semi"
+        )
         return rows.toArrow()
 
     def surprise(self, at_least: int) -> tuple[float, int]:
@@ -328,7 +330,7 @@ class Updater:
         return len(self._features_of(inputs)) > 0
 
     def _load_inputs(self) -> SharedInputs:
-        return arrivals.shared_inputs(features_of(self.tables, self.model).toArrow(), self.model)
+        return arrivals.shared_inputs(self.tables.of_version(schema.FEATURES, self.model.version).toArrow(), self.model)
 
     def _set_aside(self, batch: DataFrame, unknown: pa.Array, application: str, number: int) -> None:
         rows = batch.join(F.broadcast(self._ids(unknown)), INPUT_ID, "left_semi").select(
@@ -341,7 +343,7 @@ class Updater:
         self.tables.append(schema.WAITING, rows, once=(application, number))
 
     def _waiting(self) -> DataFrame:
-        return self.tables.read(schema.WAITING).where(F.col(MODEL_VERSION) == self.model.version)
+        return self.tables.of_version(schema.WAITING, self.model.version)
 
     def _ledger(self, application: str) -> DataFrame:
         return self.tables.read(schema.LEDGER).where(F.col(schema.APPLICATION_ID) == application)

@@ -51,7 +51,7 @@ class UsersTable:
 
     def rows(self) -> DataFrame:
         """Those that are stored."""
-        return self.tables.read(schema.USERS).where(F.col(MODEL_VERSION) == self.version)
+        return self.tables.of_version(schema.USERS, self.version)
 
     @property
     def n(self) -> int:

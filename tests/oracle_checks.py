@@ -5,8 +5,8 @@ from __future__ import annotations
 import cloudpickle
 import numpy as np
 
-from mtl.basis import Oracle
 from mtl.gaussian import Array
+from mtl.regressors import Oracle
 
 
 def grid(n: int, seed: int = 0) -> tuple[Array, Array]:

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from mtl import gaussian
-from mtl.basis import Oracle, OracleBasis
+from mtl.basis import OracleBasis
 from mtl.blocks import EventBlock, build
 from mtl.engine import LocalEngine
 from mtl.forms import Form, partly_given
 from mtl.gaussian import Array, Posterior
 from mtl.losses import LOSSES
 from mtl.prior import Prior, VectorPrior
+from mtl.regressors import Oracle
 from mtl.train import START_VARIANCE, Fit, Schedule, alternate
 from mtl.userstep import Specification
 

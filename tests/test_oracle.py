@@ -15,7 +15,7 @@ from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingRegr
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
-from mtl.basis import Boosting, Oracle, Refitting
+from mtl.basis import Boosting, Refitting
 from mtl.config import OracleSettings, load_settings
 from mtl.errors import ConfigError
 from mtl.oracle import make_fit_all, make_oracle, make_strategy
@@ -24,6 +24,7 @@ from mtl.oracle.linear import fit_ridge
 from mtl.oracle.parallel import fit_to_row
 from mtl.oracle.scikit import scikit_oracle
 from mtl.prior import COEFFICIENT_PRECISION
+from mtl.regressors import Oracle
 
 
 def booster(kind: str) -> Oracle | None:

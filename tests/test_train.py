@@ -16,7 +16,7 @@ from problems import Problem, planted
 from sklearn.tree import DecisionTreeRegressor
 
 from mtl import alternation, gaussian
-from mtl.basis import Oracle, OracleBasis
+from mtl.basis import OracleBasis
 from mtl.blocks import HELD_OUT, TRAINED, from_arrow, to_arrow
 from mtl.catalogue import Catalogue, Totals
 from mtl.config import load_settings
@@ -30,6 +30,7 @@ from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
+from mtl.regressors import Oracle
 from mtl.resume import Checkpoint
 from mtl.train import Fit, Noise, Schedule, State, alternate
 from mtl.userstep import Known, Specification

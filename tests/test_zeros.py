@@ -11,12 +11,12 @@ from problems import Problem, planted
 from sklearn.metrics import roc_auc_score
 
 from mtl import alternation
-from mtl.basis import Oracle
 from mtl.catalogue import Catalogue, Totals
 from mtl.engine import LocalEngine
 from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
+from mtl.regressors import Oracle
 from mtl.train import Fit, Schedule, alternate
 from mtl.zeros import WithZeros
 

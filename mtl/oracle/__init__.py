@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mtl.basis import Boosting, FitAll, Oracle, Refitting, Strategy
+from mtl.basis import Boosting, FitAll, Refitting, Strategy
 from mtl.config import OracleSettings
 from mtl.errors import ConfigError
 from mtl.oracle.imports import load_object
 from mtl.oracle.linear import fit_ridge
+from mtl.regressors import Oracle
 from mtl.sharing import cores
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mtl.basis import Oracle, Regressor
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
 from mtl.oracle.scikit import scikit_oracle
+from mtl.regressors import Oracle, Regressor
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from mtl.basis import Oracle, Regressor, fit_one
+from mtl.basis import fit_one
 from mtl.errors import OracleError
 from mtl.gaussian import Array
+from mtl.regressors import Oracle, Regressor
 from mtl.sharing import Shared, share
 
 _COLUMNS = "function int, fitted binary, predictions binary, problem string"

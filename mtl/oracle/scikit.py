@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from mtl.basis import Oracle, Regressor
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
+from mtl.regressors import Oracle, Regressor
 
 
 def scikit_oracle(factory: Any, params: Mapping[str, Any]) -> Oracle:

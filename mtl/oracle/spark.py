@@ -20,11 +20,10 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.ml.util import DefaultParamsReader
 from pyspark.sql import DataFrame, SparkSession
 
-from mtl.basis import Oracle
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
 from mtl.oracle.trees import parse_trees
-from mtl.regressors import Linear, Regressor
+from mtl.regressors import Linear, Oracle, Regressor
 
 _ROW, _FEATURES, _TARGET, _WEIGHT, _PREDICTION = "row", "features", "target", "weight", "prediction"
 

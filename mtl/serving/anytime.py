@@ -2,7 +2,8 @@
 
 Evaluating the functions of a new input x in full gives g(x) = (o − μ, f_1 … f_k), and the features are c = g + δ with the
 learnt residual δ ~ N(0, S). Before, g is known as one of a population of inputs: jointly Gaussian, together with what
-intermediate *stages* of the functions say, such as the first trees of an ensemble. Everything that is evaluated is conditioned on (Bishop 2006, eq. 2.81 and 2.82), here one value at a time:
+intermediate *stages* of the functions say, such as the first trees of an ensemble. Everything that is evaluated is
+conditioned on (Bishop 2006, eq. 2.81 and 2.82), here one value at a time:
 
     m ← m + C_i (value − m_i)/C_ii        C ← C − C_i C_iᵀ/C_ii
 

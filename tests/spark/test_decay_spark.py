@@ -21,7 +21,6 @@ from mtl.errors import ConfigError, StateError
 from mtl.features import from_rows
 from mtl.ingest import ingest_events
 from mtl.intake import ingest_stream
-from mtl.materialize import features_of
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import EVENT_ID, EVENT_TIME, INPUT_ID, LABEL, REFERENCE_TIME, USER_ID, USERS, WEIGHT
@@ -73,7 +72,7 @@ def stored(tables: Tables, version: int) -> pd.DataFrame:
 def by_brute_force(tables: Tables, version: int) -> pd.DataFrame:
     """A and b of every user by a loop over all events."""
     model, everything = load_model(tables, version), rows(np.arange(len(PROBLEM)))
-    found = features_of(tables, model).toArrow()
+    found = tables.of_version(schema.FEATURES, model.version).toArrow()
     features, ids = from_rows(found, model.d), found[INPUT_ID].combine_chunks()
     place = dict(zip(ids.to_pylist(), index_of(ids, ids), strict=True))
     answers = {}

@@ -123,9 +123,9 @@ def test_a_few_events_leave_the_noise_what_many_said_it_is(live: Tables, tmp_pat
     before, few = load_model(live).noise, np.arange(FIRST, FIRST + 2)
     ingest_events(live, settings(), file_of(tmp_path, few), {})
     report = retrain(live, INCREMENTAL, promote=True)
-    assert report["rows"] == len(few)
     assert load_model(live).noise == pytest.approx(before, rel=0.02)
-    assert report["objective"] == sorted(report["objective"], reverse=True)
+    objective = np.array(report["objective"])
+    assert (np.diff(objective) <= 1e-9 * np.abs(objective[1:])).all()
 
 
 def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:

@@ -385,10 +385,11 @@ def test_rows_that_are_no_events_are_told_in_the_words_of_the_data(spark: SparkS
 
 
 def test_labels_of_which_sums_of_squares_tell_nothing_are_refused(spark: SparkSession) -> None:
-    for constant, says in ((1e4, None), (1e9, "subtract a constant, such as 1e\\+09"), (1e12, "subtract a constant")):
+    for constant, says in ((1e4, None), (1e9, "subtract a constant, such as 1e\\+09"), (1e11, "subtract a constant")):
         rows = spark.createDataFrame(ratings().assign(rating=PROBLEM.label + constant))
         if says is None:
-            assert estimator(spark).fit(rows).model.noise < PROBLEM.label.var()
+            found = estimator(spark).fit(rows).transform(rows).toPandas()
+            assert (found.rating - found.prediction).var() < PROBLEM.label.var()
             continue
         with pytest.raises(StateError, match=says):
             estimator(spark).fit(rows)
@@ -400,18 +401,19 @@ def test_counts_that_are_all_alike_tell_rates_where_exposures_differ(spark: Spar
     poisson = estimator(spark, settings={**FAST, "model.loss": "poisson"})
     with pytest.raises(StateError, match="the label 1: there is nothing to learn"):
         poisson.fit(rows)
-    assert poisson.setOffsetCol("exposure").fit(rows).model.loss == "poisson"
+    found = poisson.setOffsetCol("exposure").fit(rows).transform(rows).toPandas()
+    assert found[["exposure", "prediction"]].corr().iloc[0, 1] > 0.5
 
 
 def test_attributes_with_one_name_twice_are_told(spark: SparkSession) -> None:
-    rows = spark.createDataFrame(items()).withColumn("Year", F.lit(1.0))
+    rows = spark.createDataFrame(items()).toDF("item", "year", "Year")
     with pytest.raises(InputError, match="columns year, Year have the same name but for its case"):
         estimator(spark).setItemAttributes(rows).fit(spark.createDataFrame(ratings()))
 
 
 def test_half_lives_want_times(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTL_MODEL__HALF_LIFE_DAYS", "3")
-    with pytest.raises(ConfigError, match="event_time"):
+    with pytest.raises(ConfigError, match="needs a time of every event"):
         estimator(spark).fit(spark.createDataFrame(ratings()))
 
 

@@ -26,7 +26,7 @@ from pyspark.sql import SparkSession
 from sklearn.linear_model import LinearRegression as LeastSquares
 from sklearn.tree import DecisionTreeRegressor as Tree
 
-from mtl.basis import Oracle, fit_one
+from mtl.basis import fit_one
 from mtl.config import load_settings
 from mtl.errors import ConfigError, OracleError
 from mtl.oracle import make_oracle
@@ -35,7 +35,7 @@ from mtl.oracle.scikit import scikit_oracle
 from mtl.oracle.spark import SparkModel, SparkRegressor, in_numpy, spark_oracle
 from mtl.oracle.trees import Trees
 from mtl.pipeline import ENCODED, PipelineEncoder
-from mtl.regressors import Linear
+from mtl.regressors import Linear, Oracle
 
 
 def scaled(featuresCol: str, labelCol: str, predictionCol: str, weightCol: str, degree: int) -> Pipeline:

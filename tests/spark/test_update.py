@@ -35,7 +35,6 @@ from mtl.config import Settings
 from mtl.errors import ConfigError, StateError
 from mtl.ingest import ingest_files
 from mtl.lock import exclusive
-from mtl.materialize import features_of
 from mtl.models import load_model
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, INPUTS, USER_ATTRIBUTES, USER_ID, USERS, WAITING
@@ -287,7 +286,7 @@ def test_inputs_that_are_what_the_oracle_says_are_not_learnt(live: Tables) -> No
     append(live, rows(np.arange(TRAINED, 262)).assign(input_id="new", label=9.0))
     assert update(live, settings())["applied"] == 12
     model = load_model(live)
-    stored = features_of(live, model).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
+    stored = live.of_version(schema.FEATURES, model.version).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
     expected = model.features_of_new(pd.DataFrame({"year": [0.5]}))
     np.testing.assert_allclose(stored[schema.PHI], expected.phi[0])
     assert stored[schema.OFFSET] == pytest.approx(expected.offset[0])
@@ -365,7 +364,7 @@ def test_an_input_that_training_had_no_event_of_is_learnt_from_its_events_once(
             update(live, ONE_FILE_A_BATCH)
     update(live, ONE_FILE_A_BATCH)
     model = load_model(live)
-    stored = features_of(live, model).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
+    stored = live.of_version(schema.FEATURES, model.version).where(F.col(INPUT_ID) == "new").toPandas().iloc[0]
     unlearnt = model.features_of_new(pd.DataFrame({"year": [0.5]}))
     assert stored[schema.N_EVENTS] == 15
     assert unlearnt.offset[0] < stored[schema.OFFSET] < 9.0

@@ -13,7 +13,6 @@ from mtl.arrow import matrix
 from mtl.errors import ConfigError
 from mtl.gaussian import Array
 from mtl.layout import SCHEMAS
-from mtl.materialize import features_of
 from mtl.model import Model
 from mtl.models import load_model
 from mtl.retrain import retrain
@@ -38,7 +37,7 @@ def filled(tables: Tables) -> Tables:
 
 
 def zeros_of(tables: Tables, model: Model) -> tuple[Array, Array]:
-    known = features.from_rows(features_of(tables, model).toArrow(), model.d)
+    known = features.from_rows(tables.of_version(schema.FEATURES, model.version).toArrow(), model.d)
     return ZERO_WEIGHT * known.second_moment.sum(0), -ZERO_WEIGHT * known.offset_phi.sum(0)
 
 

@@ -20,8 +20,8 @@ The file is read as jobs/ingest.py reads it, and has to hold nothing but rows th
 once. --baselines trains others on the events table and measures them on the same rows: the global mean, the mean of the
 input, one penalized regression a user on the input attributes, for other losses than squared one of all users, and
 MLlib's ALS (on the labels as they are, its scores kept where a mean label can be), the best of a grid ([evaluate] in
-conf/default.toml; MLlib computes in Java unless a native BLAS is installed). With squared loss
-predictions are clipped to the range of the labels in training, everyone's alike."""
+conf/default.toml; MLlib computes in Java unless a native BLAS is installed). They see neither offsets nor contexts. With
+squared loss predictions are clipped to the range of the labels in training, everyone's alike."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from tqdm import tqdm
 
@@ -109,7 +110,8 @@ def train(
         input_encoder, user_encoder = kept.input_encoder, kept.user_encoder
     else:
         input_encoder = _input_encoder(settings, attributes.drop(columns=INPUT_ID), inputs.drop(INPUT_ID).schema)
-        user_encoder = Encoder.fit(users.limit(ENCODER_ROWS).toPandas().drop(columns=USER_ID), settings.encode)
+        some = users.orderBy(F.xxhash64(USER_ID), USER_ID).limit(ENCODER_ROWS)  # the same ones, however they are stored
+        user_encoder = Encoder.fit(some.toPandas().drop(columns=USER_ID), settings.encode)
     encoded = encode_users(users, user_encoder) if user_encoder.width > 1 else None
     n_partitions = settings.train.partitions or max(
         cores(events.sparkSession), -(-catalogue.n_events // _EVENTS_PER_PARTITION)
@@ -235,6 +237,11 @@ def _refuse_contradictions(settings: Settings, live: Live | None) -> None:
         for name in ("contexts", "implicit_weight", "half_life_days"):
             if getattr(model, name):
                 raise ConfigError(f"train.incremental does not go with model.{name}")
+        for name, had in (("half_life_days", live.model.half_life_days), ("contexts", live.model.contexts)):
+            if had:
+                raise ConfigError(
+                    f"train.incremental: the live version has model.{name}, of which nothing would be left: train on all events"
+                )
         if settings.train.lock:
             raise ConfigError("train.incremental: set train.lock = [], for locked parts learn nothing")
 

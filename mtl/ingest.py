@@ -30,7 +30,7 @@ from functools import partial
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from mtl.attributes import ATTRIBUTE_TABLES, AttributeReport, OfferedAttributes, read_attributes, write_attributes
+from mtl.attributes import AttributeReport, OfferedAttributes, read_attributes, write_attributes
 from mtl.batches import Batch, IngestReport, close, count_rows, fence_streams, persistently, plan, recover
 from mtl.config import Settings
 from mtl.errors import InputError, StateError
@@ -121,16 +121,6 @@ def ingest_events(tables: Tables, settings: Settings, path: str, columns: Mappin
     adds nothing, and two equal rows of one file are one event and one duplicate.
     """
     return ingest_files(tables, settings, events=path, columns=columns)[0]
-
-
-def ingest_attributes(
-    tables: Tables, settings: Settings, path: str, table: str, columns: Mapping[str, str]
-) -> AttributeReport:
-    """Ingest one file or folder of attributes into ``table``, ``INPUTS`` or ``USER_ATTRIBUTES``."""
-    if table not in ATTRIBUTE_TABLES:
-        raise ValueError(f"no attribute table: {table}")
-    offered = {"inputs": path} if table == INPUTS else {"users": path}
-    return ingest_files(tables, settings, **offered, columns=columns)[1][table]
 
 
 def _read_events(tables: Tables, settings: Settings, path: str, columns: Mapping[str, str]) -> _OfferedEvents:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from mtl.blocks import EARLIER
 from mtl.config import Settings, load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.evaluate import evaluate
+from mtl.fitting import _refuse_contradictions
 from mtl.ingest import ingest_events
 from mtl.layout import SCHEMAS
 from mtl.models import load_model, promote
@@ -126,6 +129,14 @@ def test_a_few_events_leave_the_noise_what_many_said_it_is(live: Tables, tmp_pat
     assert load_model(live).noise == pytest.approx(before, rel=0.02)
     objective = np.array(report["objective"])
     assert (np.diff(objective) <= 1e-9 * np.abs(objective[1:])).all()
+
+
+@pytest.mark.parametrize("had", ["half_life_days", "contexts"])
+def test_what_a_live_version_has_and_incremental_training_would_drop_is_refused(had: str) -> None:
+    of: dict[str, Any] = {"loss": "squared", "half_life_days": 0.0, "contexts": [], had: [1.0]}
+    live: Any = SimpleNamespace(model=SimpleNamespace(**of), batches=object())
+    with pytest.raises(ConfigError, match=rf"the live version has model\.{had}"):
+        _refuse_contradictions(INCREMENTAL, live)
 
 
 def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:

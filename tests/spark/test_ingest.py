@@ -16,11 +16,12 @@ from pyspark.sql import functions as F
 
 from mtl import ingest as module
 from mtl import schema
+from mtl.attributes import AttributeReport
 from mtl.batches import IngestReport, recover
 from mtl.command import parse_renames
-from mtl.config import load_settings
+from mtl.config import Settings, load_settings
 from mtl.errors import InputError, StateError
-from mtl.ingest import ingest_attributes, ingest_events, ingest_files
+from mtl.ingest import ingest_events, ingest_files
 from mtl.layout import SCHEMAS
 from mtl.parse import EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, typed_events
 from mtl.read import match, open_file
@@ -39,6 +40,10 @@ def shared(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Tab
 
 def counts(report: IngestReport) -> tuple[int, ...]:
     return tuple(getattr(report, name) for name in COUNTS)
+
+
+def ingest_inputs(tables: Tables, settings: Settings, path: str, columns: dict[str, str]) -> AttributeReport:
+    return ingest_files(tables, settings, inputs=path, columns=columns)[1][INPUTS]
 
 
 def text_file(folder: Path, name: str, *lines: str) -> str:
@@ -242,7 +247,7 @@ def test_what_pandas_writes_is_read(shared: Tables, tmp_path: Path) -> None:
     assert [at.isoformat() for at in found] == ["1971-05-01T00:00:00.123456", "2024-05-01T12:00:00"]
     inputs = pd.DataFrame({"input_id": ["nanos"], "joined": times[1:]})
     inputs.to_parquet(tmp_path / "inputs.parquet")
-    ingest_attributes(shared, SETTINGS, str(tmp_path / "inputs.parquet"), INPUTS, {})
+    ingest_inputs(shared, SETTINGS, str(tmp_path / "inputs.parquet"), {})
     days = shared.read(INPUTS).where("input_id = 'nanos'").first()["joined"]
     assert days == pytest.approx((times[1] - pd.Timestamp(0)).total_seconds() / 86400)
 
@@ -362,7 +367,7 @@ def test_attributes_are_upserted_by_key_and_a_new_column_joins_without_touching_
     ]
     lines += ["9,c,1,true,,z", "9,c,2,true,,z", ",c,3,true,,z", "10,c"]
     first = text_file(tmp_path, "first.csv", *lines)
-    report = ingest_attributes(shared, settings, first, INPUTS, {"input_id": "item"})
+    report = ingest_inputs(shared, settings, first, {"input_id": "item"})
     assert (report.offered, report.upserted, report.duplicates, report.quarantined) == (7, 2, 1, 4)
     refused = shared.read(QUARANTINE).where(F.col(schema.BATCH) == report.batch).select(schema.REASON).collect()
     assert Counter(row[0] for row in refused) == {
@@ -371,13 +376,13 @@ def test_attributes_are_upserted_by_key_and_a_new_column_joins_without_touching_
         "malformed CSV": 1,
     }
     version = shared.version(INPUTS)
-    again = ingest_attributes(shared, settings, first, INPUTS, {"input_id": "item"})
+    again = ingest_inputs(shared, settings, first, {"input_id": "item"})
     assert again.upserted == 0
     changes = shared.spark.read.option("readChangeFeed", "true").option("startingVersion", version + 1)
     if shared.version(INPUTS) > version:
         assert changes.table(shared.name(INPUTS)).count() == 0
     second = text_file(tmp_path, "second.jsonl", '{"input_id": 8, "year": 2001.5, "title": "T"}', '{"input_id": 11}')
-    assert ingest_attributes(shared, settings, second, INPUTS, {}).upserted == 2
+    assert ingest_inputs(shared, settings, second, {}).upserted == 2
     stored = {row["input_id"]: row.asDict() for row in shared.read(INPUTS).collect()}
     columns = ("input_id", "genres", "year", "good", "day", "reason", "title")
     assert [stored["007"][name] for name in columns] == ["007", ["a", "b"], 1999.0, "true", 1.0, "x", None]
@@ -385,7 +390,7 @@ def test_attributes_are_upserted_by_key_and_a_new_column_joins_without_touching_
     assert stored["11"]["year"] is None
     conflict = text_file(tmp_path, "conflict.csv", "input_id,year", "8,late")
     with pytest.raises(InputError, match="column year is string, but the table inputs holds it as double"):
-        ingest_attributes(shared, settings, conflict, INPUTS, {})
+        ingest_inputs(shared, settings, conflict, {})
 
 
 def test_one_call_takes_all_three_files_and_each_rename_where_it_belongs(shared: Tables, tmp_path: Path) -> None:

@@ -269,9 +269,19 @@ def _step(weight: Array, gradient: Array, direction: Array) -> float:
     """How far to go, in (0, 1], from the exact line search on Q; 0 where no step gains."""
     told = weight > 0
     weight, gradient, direction = weight[told], gradient[told], direction[told]
-    slope, curvature = float(gradient @ direction), float(weight @ direction**2)
     rounding = _ROUNDING * float(gradient @ (gradient / weight))  # of Σ weight (target − g)²
-    whole = 2 * slope - curvature  # what that sum loses by the whole step
+    return line_search(float(gradient @ direction), float(weight @ direction**2), rounding)
+
+
+def line_search(slope: float, curvature: float, rounding: float = 0.0) -> float:
+    """The step s in (0, 1] of which a sum of squares loses 2 s slope − s² curvature; 0 where none gains.
+
+    A whole one is taken where it gains at least half of what the best would.
+
+    Args:
+        rounding: of that sum: a gain by less is none.
+    """
+    whole = 2 * slope - curvature
     best = slope**2 / curvature if slope > 0 and curvature > 0 else 0.0
     if whole >= -rounding and whole >= best / 2 - rounding:
         return 1.0

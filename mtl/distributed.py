@@ -143,8 +143,7 @@ class DistributedEngine:
 
     def gram(self) -> Array:
         """Σ z zᵀ over all inputs, (p, p)."""
-        rows = self.state.mapInArrow(_each_shard(_gram, self._broadcast(None)), _STATE).select("reply").collect()
-        return np.sum([cloudpickle.loads(row[0]) for row in rows], axis=0)
+        return self._sum(_gram, None)
 
     def feature_rows(self, work: FeatureWork, ddl: str) -> DataFrame:
         size = self.shard_inputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtl.basis import check_told
+from mtl.basis import check_told, line_search
 from mtl.gaussian import Array
 from mtl.prior import COEFFICIENT_PRECISION
 from mtl.regressors import Linear
@@ -53,16 +53,8 @@ class NormalEquations:
             others = np.einsum("jpq,jq->p", self.second[i], coefficients) - self.second[i, i] @ coefficients[i]
             wanted = self.first[i] - others
             ridge = COEFFICIENT_PRECISION * self.weight[i] / self.told[i] * np.eye(p)
-            candidate = np.linalg.solve(self.second[i, i] + ridge, wanted)
-            coefficients[i] += self._step(
-                i, candidate - coefficients[i], wanted - self.second[i, i] @ coefficients[i]
-            ) * (candidate - coefficients[i])
+            direction = np.linalg.solve(self.second[i, i] + ridge, wanted) - coefficients[i]
+            slope = float((wanted - self.second[i, i] @ coefficients[i]) @ direction)
+            step = line_search(slope, float(direction @ self.second[i, i] @ direction))
+            coefficients[i] += step * direction
         return tuple(map(Linear, coefficients))
-
-    def _step(self, i: int, direction: Array, gradient: Array) -> float:
-        """The exact line search of :class:`mtl.basis.OracleBasis`, from the sums."""
-        slope, curvature = float(gradient @ direction), float(direction @ self.second[i, i] @ direction)
-        best = slope**2 / curvature if slope > 0 and curvature > 0 else 0.0
-        if 2 * slope - curvature >= best / 2:
-            return 1.0
-        return min(1.0, slope / curvature) if best else 0.0

@@ -101,7 +101,7 @@ class FeedbackAnswer(msgspec.Struct):
 
 
 class ChooseRequest(About, kw_only=True, forbid_unknown_fields=True):
-    """One of several inputs for a user, drawn by a policy: serve.explore, where none is named."""
+    """One of several inputs for a user, each named once, drawn by a policy: serve.explore, where none is named."""
 
     inputs: list[str | int | Attributes]
     explore: Literal["greedy", "linucb", "thompson"] | None = None

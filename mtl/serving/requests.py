@@ -52,6 +52,11 @@ def identity_of(name: str, identity: str | int) -> str:
     return text
 
 
+def as_text(inputs: Sequence[str | int | api.Attributes]) -> list[str | api.Attributes]:
+    """Ids are text, as the tables have them; attributes stay."""
+    return [str(one) if isinstance(one, int) else one for one in inputs]
+
+
 def moment_of(text: str | None) -> str:
     if text is None:
         return datetime.now(timezone.utc).isoformat()

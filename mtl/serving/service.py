@@ -35,6 +35,7 @@ from mtl.serving.requests import (
     OBSERVE,
     PREDICT,
     TOP,
+    as_text,
     checked_k,
     context_of,
     decode,
@@ -143,8 +144,7 @@ class Service:
     def _at_once(self, request: api.PredictRequest, live: View) -> api.PredictAnswer | None:
         """The answer where all inputs have features."""
         view, given = self._view_for(request, live), request.inputs
-        if len(given) > self.settings.max_inputs:
-            raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
+        self._check_number("inputs", given)
         rows = view.gather(given)
         if rows is None:
             return None
@@ -157,7 +157,7 @@ class Service:
         user, user_known = self._weights(view, request)
         own = self.ends(request.deadline_ms)
         ends = own if ends is None else min(ends, own)
-        inputs = [str(one) if isinstance(one, int) else one for one in request.inputs]
+        inputs = as_text(request.inputs)
         try:
             found = await self._in_time(view.believe, inputs, user, ends, self.coarseness)
         except asyncio.TimeoutError:
@@ -235,8 +235,7 @@ class Service:
         user, known = self._weights(view, request)
         work, incomplete = asyncio.get_running_loop().run_in_executor, list[str]()
         if request.candidates is not None:
-            if len(request.candidates) > self.settings.max_inputs:
-                raise too_many("candidates", len(request.candidates), self.settings.max_inputs, "serve.max_inputs")
+            self._check_number("candidates", request.candidates)
             ids = await work(None, ranking.wanted, view, request, request.candidates)
             found = await self.rows_in_time(view, ids, user, ends)
             ranked = await work(None, ranking.scored, view, user, ids, found.rows)
@@ -295,9 +294,8 @@ class Service:
         given, who = request.inputs, identity_of("user", request.user)
         if not given:
             raise Problem(422, "no_inputs", "inputs is empty: there is nothing to choose from")
-        if len(given) > self.settings.max_inputs:
-            raise too_many("inputs", len(given), self.settings.max_inputs, "serve.max_inputs")
-        inputs = [str(one) if isinstance(one, int) else one for one in given]
+        self._check_number("inputs", given)
+        inputs = as_text(given)
         if len({*map(choices.name_of, inputs)}) < len(inputs):
             raise Problem(
                 422, "repeated_inputs", "an input is there twice: its propensity would be that of one of the two"
@@ -355,7 +353,7 @@ class Service:
 
     def ready(self) -> api.ReadyAnswer:
         if self.view is None:
-            return api.ReadyAnswer(False, None, None, "no model version has been read from the tables yet")
+            return api.ReadyAnswer(False, None, None, _NOTHING_YET)
         return api.ReadyAnswer(True, self.view.version, self.staleness)
 
     # Parts.
@@ -369,12 +367,16 @@ class Service:
 
     def shown(self) -> View:
         if self.view is None:
-            raise Problem(503, "not_ready", "no model version has been read from the tables yet", _RETRY)
+            raise Problem(503, "not_ready", _NOTHING_YET, _RETRY)
         return self.view
 
     def _view_for(self, about: api.About, live: View) -> View:
         """Of the version that answers where nothing is decided."""
         return live if self.contest is None else self.contest.assigned(live, identity_of("user", about.user))
+
+    def _check_number(self, what: str, inputs: Sequence[Any]) -> None:
+        if len(inputs) > self.settings.max_inputs:
+            raise too_many(what, len(inputs), self.settings.max_inputs, "serve.max_inputs")
 
     def _contexts(self) -> list[str]:
         """Contexts that any of the competing versions has."""
@@ -413,3 +415,4 @@ def _study(view: View) -> None:
 
 
 _RETRY = ((b"retry-after", b"1"),)
+_NOTHING_YET = "no model version has been read from the tables yet"

@@ -236,13 +236,24 @@ def csv_header(file: str, delimiter: str) -> list[str] | None:
         raise InputError(f"{file}: cannot be read as csv: {error}") from None
 
 
-def _has_quoted_line_end(file: str) -> bool:
-    """Whether a line of a local CSV file ends within quotes."""
+def _has_quoted_line_ends(file: str, delimiter: str) -> bool:
+    """Whether rows of a local CSV file have line ends within quotes, all of them whole: a stray quote takes no others in."""
     if (opener := _opener(file)) is None:
         return False
     try:
         with opener(file, "rb") as lines:
-            return any(line.count(b'"') % 2 for line in lines)
+            if not any(line.count(b'"') % 2 for line in lines):
+                return False
+        with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
+            rows = csv.reader(text, delimiter=delimiter, strict=True)
+            width, last = len(next(rows, [])), rows.line_num
+            for row in rows:
+                if rows.line_num > last + 1 and len(row) != width:
+                    return False
+                last = rows.line_num
+        return True
+    except csv.Error:
+        return False
     except (OSError, EOFError, zlib.error):
         return False  # Spark will say so
 
@@ -287,7 +298,9 @@ def _csv(spark: SparkSession, paths: list[str], settings: IngestSettings, texts:
         "header": True,
         "sep": settings.csv_delimiter,
         "escape": '"',  # RFC 4180: a quote within quotes is doubled
-        "multiLine": any(map(_has_quoted_line_end, files)),  # as RFC 4180 has it too; a file is then read by one task
+        "multiLine": any(
+            _has_quoted_line_ends(file, settings.csv_delimiter) for file in files
+        ),  # one task then reads a file
         # Where we could not, Spark compares the headers of a folder's files; not with names such as "", or that are there twice.
         "enforceSchema": not any(map(is_remote, paths)) and None not in headers,
         "columnPruning": False,  # a pruned column would hide a line of the wrong length

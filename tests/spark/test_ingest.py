@@ -252,6 +252,18 @@ def test_what_pandas_writes_is_read(shared: Tables, tmp_path: Path) -> None:
     assert days == pytest.approx((times[1] - pd.Timestamp(0)).total_seconds() / 86400)
 
 
+@pytest.mark.parametrize("end", ["", "u5,i,5,y\n", 'u5,i,5,"fine"\n', 'u5,i,5,end"\nu6,i\n'])
+def test_a_stray_quote_takes_no_other_row_in(shared: Tables, tmp_path: Path, end: str) -> None:
+    stray = 'user_id,input_id,label,note\nu1,i,1,ok\nu2,i,2,"stray\nu3,i,3,a 5" pipe\nu4,i,4,x\n' + end
+    (tmp_path / "stray.csv").write_text(stray)
+    report = ingest_events(shared, SETTINGS, str(tmp_path / "stray.csv"), {})
+    lines = stray.splitlines()[1:]
+    assert report.offered == len(lines)
+    there = {row[schema.USER_ID] for row in shared.read(EVENTS).collect()}
+    assert there >= {"u1", "u3", "u4"}
+    assert {line[:2] for line in lines} - there <= {"u2", "u6"}
+
+
 def test_ids_are_what_the_files_say_or_are_refused(shared: Tables, tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("user_id,input_id,label\nJosé,i,5\nJosè,i,5\n".encode("latin-1"))
     report = ingest_events(shared, SETTINGS, str(tmp_path / "latin.csv"), {})

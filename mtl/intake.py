@@ -136,18 +136,23 @@ class Intake:
 
     def _read(self, offered: DataFrame) -> tuple[DataFrame, bool, Columns, Row]:
         """The rows, persisted; whether any came with an id; the columns with theirs; and (rows, refused ones, sum of hashes)."""
-        hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
-        for probe in (False, True):  # what files hold is met only when their rows are read
-            seen = Columns(self.columns)
-            rows, ids_given = self.source.events(offered, seen, probe)
-            rows = rows.persist()
-            try:
-                return rows, ids_given, seen, rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
-            except (PySparkException, Py4JJavaError):
-                rows.unpersist()
-                if probe or self.settings.source.kind != "folder":
-                    raise
-        raise AssertionError
+        try:
+            return self._counted(offered, probe=False)
+        except (PySparkException, Py4JJavaError):
+            if self.settings.source.kind != "folder":
+                raise
+            return self._counted(offered, probe=True)  # what files hold is met only when their rows are read
+
+    def _counted(self, offered: DataFrame, probe: bool) -> tuple[DataFrame, bool, Columns, Row]:
+        seen = Columns(self.columns)
+        rows, ids_given = self.source.events(offered, seen, probe)
+        rows = rows.persist()
+        try:
+            hashed = F.xxhash64(*EVENT_COLUMNS, REASON).cast("decimal(38,0)")
+            return rows, ids_given, seen, rows.agg(F.count("*"), F.count(REASON), F.sum(hashed)).first()
+        except BaseException:
+            rows.unpersist()
+            raise
 
     def _check(self, batch: Batch, marks: Mapping[str, str]) -> Row | None:
         """The batch's closing row where there is one; a planned one must be this batch."""

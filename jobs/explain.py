@@ -9,17 +9,13 @@ from pyspark.sql import SparkSession
 from mtl.config import Settings
 from mtl.explain import explain
 from mtl.job import run
+from mtl.moment import moment
 from mtl.tables import Tables
 
 DESCRIPTION = """\
 Rebuild what was predicted for a user and an input at a moment, from the tables as they were then: the version that was
 live, its features, the user's state. The JSON has the prediction, its standard deviation, the addends that it was made of,
 the last batches before and the table versions read. Reaches as far back as the tables keep old files (30 days)."""
-
-
-def moment(text: str) -> datetime:
-    time = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text)  # Python 3.10 knows no Z
-    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -48,9 +48,8 @@ POOLED = "pooled"
 NAMES = (GLOBAL_MEAN, INPUT_MEAN, INDEPENDENT, ALS_BEST)  # and, where the loss is not squared, POOLED
 
 RIDGE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-_MEAN_EVENTS = (
-    5.0  # events at the global mean that an input has beside its own, where a mean of 0 could cost without end
-)
+# Events at the global mean that an input has beside its own, where a mean of 0 could cost without end.
+_MEAN_EVENTS = 5.0
 _POOLED_STRENGTH = 1.0
 _ALS_MARGIN = 0.01  # an ALS score keeps this far from 0 and 1,
 _ALS_LEAST = 0.05  # or above so many mean rates: least squares knows of neither

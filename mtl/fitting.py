@@ -35,6 +35,7 @@ from mtl.oracle.imports import load_object
 from mtl.partitions import changed, each_block, encode_users, partition_events
 from mtl.pipeline import PipelineEncoder
 from mtl.prior import Locked, Prior, VectorPrior, unlocked
+from mtl.refusals import refuse_contradictions, refuse_labels
 from mtl.resume import Checkpoint
 from mtl.sampling import with_roles
 from mtl.schema import INPUT_ID, USER_ID
@@ -52,9 +53,6 @@ MAX_K = 20
 ENCODER_ROWS = 200_000  # rows of an attribute table that the encodings are chosen from
 _CHECKED_INPUTS = 32  # that a user's function is tried on before training
 _SINGLE_FROM = 1_000_000  # events, where the precision of passes is not forced
-_LEAST_SPREAD = (
-    1e-11  # of the labels' squared mean: of less than that sums of squares in double precision have few digits
-)
 _LARGEST_MEAN = 100.0  # of the labels, in their standard deviations, for which single precision has digits enough
 _EVENTS_PER_PARTITION = 20_000_000  # at most: a partition's events are one row, with 2 GB to a column
 _EVENTS_PER_INPUT = 2  # from which on an input has a residual of its own, where that is not forced
@@ -84,7 +82,7 @@ def train(
     """
     loss, zero_weight = LOSSES[settings.model.loss], settings.model.implicit_weight
     batches = live.batches if live else None
-    _refuse_contradictions(settings, live)
+    refuse_contradictions(settings, live)
     half_life, last = settings.model.half_life_days, None
     if half_life:
         aged = with_ages(events, half_life)
@@ -92,7 +90,7 @@ def train(
     events = with_roles(events, settings.train.holdout, settings.train.max_events_per_user, batches)
     attributes = inputs.toPandas()
     catalogue = read_catalogue(events, attributes[INPUT_ID], loss)
-    _refuse_labels(catalogue, loss, beside_zeros=zero_weight > 0)
+    refuse_labels(catalogue, loss, beside_zeros=zero_weight > 0)
     if not catalogue.trained.n:
         if batches is not None:
             raise StateError("train.incremental: there is no event since the live version's training")
@@ -208,44 +206,6 @@ def _form(settings: Settings, n_users: int, n_inputs: int, inputs: InputEncoder,
     return Form(k if model.k == "auto" else model.k, of_inputs + predicted, of_users)
 
 
-def _refuse_contradictions(settings: Settings, live: Live | None) -> None:
-    model = settings.model
-    if model.implicit_weight:
-        if model.loss != "squared":
-            raise ConfigError(f'model.implicit_weight is for model.loss = "squared", not {model.loss}')
-        for name in ("holdout", "max_events_per_user"):
-            if getattr(settings.train, name):
-                raise ConfigError(
-                    f"model.implicit_weight: set train.{name} = 0, for an event left out would count as a zero"
-                )
-        if model.half_life_days:
-            raise ConfigError("model.half_life_days: set model.implicit_weight = 0, for zeros have no time to age from")
-        if model.contexts:
-            raise ConfigError("model.contexts: set model.implicit_weight = 0, for zeros have no context")
-    sees_attributes = settings.oracle.kind != "identity" or settings.oracle.pipeline
-    if not sees_attributes and (model.per_user or model.form == "multilevel"):
-        raise ConfigError(
-            'oracle.kind "identity" sees no attributes of inputs, which model.per_user and model.form = "multilevel" take: '
-            "set another"
-        )
-    if settings.train.holdout and settings.train.iterations != "auto":
-        raise ConfigError('train.holdout chooses the number of iterations: set train.iterations = "auto"')
-    if live and model.loss != live.model.loss and (settings.train.lock or live.batches is not None):
-        kept = "train.lock" if settings.train.lock else "train.incremental"
-        raise ConfigError(f"{kept}: the live version's model.loss is {live.model.loss}, not {model.loss}")
-    if live and live.batches is not None:
-        for name in ("contexts", "implicit_weight", "half_life_days"):
-            if getattr(model, name):
-                raise ConfigError(f"train.incremental does not go with model.{name}")
-        for name, had in (("half_life_days", live.model.half_life_days), ("contexts", live.model.contexts)):
-            if had:
-                raise ConfigError(
-                    f"train.incremental: the live version has model.{name}, of which nothing would be left: train on all events"
-                )
-        if settings.train.lock:
-            raise ConfigError("train.incremental: set train.lock = [], for locked parts learn nothing")
-
-
 def _form_of_live(form: Form, name: str, settings: Settings, live: Live) -> Form:
     """The live version's form, which the settings must ask for where the setting ``name`` keeps a part of it."""
     wanted = replace(form, k=live.model.form.k) if settings.model.k == "auto" else form
@@ -272,18 +232,6 @@ def _described(
         return told(block) if told else block
 
     return described
-
-
-def _refuse_labels(catalogue: Catalogue, loss: Loss, beside_zeros: bool) -> None:
-    n, label, mean = catalogue.n_events, catalogue.label_max, catalogue.mean_label
-    offers_rates = loss.name == "poisson" and catalogue.has_offsets and label > 0
-    if label == catalogue.label_min and not (beside_zeros and label) and not offers_rates:
-        raise StateError(f"all {n} events have the label {label:g}: there is nothing to learn")
-    if loss.is_quadratic and not beside_zeros and catalogue.spread <= _LEAST_SPREAD * mean**2:
-        raise StateError(
-            f"labels of {catalogue.label_min:.12g} to {label:.12g} differ by too little beside their size for sums of their "
-            f"squares to tell: subtract a constant, such as {mean:.6g}, before they are ingested"
-        )
 
 
 def _spread(catalogue: Catalogue, loss: Loss) -> float:

@@ -239,8 +239,8 @@ def ingest_stream(
     source = Source(tables.spark, settings, columns or {})
     checkpoint = checkpoint_of(tables, settings, source)
     locks = [f"{checkpoint}.lock"]
-    if not (tables.in_catalog or is_remote(tables.root)):
-        locks.append(f"{tables.root}/_checkpoints/ingest.lock")
+    if tables.checkpoints:
+        locks.append(f"{tables.checkpoints}/ingest.lock")
     with ExitStack() as held:
         for path in locks:
             held.enter_context(exclusive(path, "the ingest stream"))
@@ -271,9 +271,9 @@ def checkpoint_of(tables: Tables, settings: Settings, source: Source) -> str:
     """
     if settings.source.checkpoint and not is_remote(settings.source.checkpoint):
         return os.path.abspath(settings.source.checkpoint)
-    if settings.source.checkpoint or tables.in_catalog or is_remote(tables.root):
+    if settings.source.checkpoint or tables.checkpoints is None:
         raise ConfigError("source.checkpoint: name a local folder, for the index of event ids is beside it")
-    return f"{tables.root}/_checkpoints/ingest-{source.slug}"
+    return f"{tables.checkpoints}/ingest-{source.slug}"
 
 
 def _run(intake: Intake, rows: DataFrame, available_now: bool, stop: threading.Event) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,7 +16,6 @@ from mtl import schema
 from mtl.errors import StateError
 from mtl.lock import exclusive
 from mtl.model import Model, model_of
-from mtl.read import is_remote
 from mtl.tables import Tables
 
 
@@ -46,10 +45,8 @@ def one_retraining(tables: Tables) -> Iterator[None]:
     Raises:
         LockedError: another is running.
     """
-    if tables.in_catalog or is_remote(tables.root):
-        yield
-        return
-    with exclusive(f"{tables.root}/_checkpoints/retrain.lock", "a retraining"):
+    folder = tables.checkpoints
+    with exclusive(f"{folder}/retrain.lock", "a retraining") if folder else nullcontext():
         yield
 
 

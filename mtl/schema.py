@@ -85,9 +85,8 @@ W = "w"  # posterior mean of the user's weights
 PRIOR_MEAN = "prior_mean"
 REFERENCE_TIME = "reference_time"  # of the last event, which ages are counted from; null where nothing is forgotten
 
-REPLACED = (
-    "replaced"  # metadata of a commit that wrote all of a version's users anew, some of them changed (mtl.upsert)
-)
+# Metadata of a commit that wrote all of a version's users anew, some of them changed (mtl.upsert).
+REPLACED = "replaced"
 
 # Ledger
 QUERY = "query"

@@ -153,6 +153,6 @@ def folder_of(tables: Tables, settings: Settings, version: int) -> str:
         raise ConfigError("update.checkpoints: name a local folder, which the driver can open")
     if settings.update.checkpoints:
         return f"{settings.update.checkpoints}/update-v{version}"
-    if tables.in_catalog or is_remote(tables.root):
+    if tables.checkpoints is None:
         raise ConfigError("update.checkpoints: name a local folder, for tables elsewhere have none beside them")
-    return f"{tables.root}/_checkpoints/update-v{version}"
+    return f"{tables.checkpoints}/update-v{version}"

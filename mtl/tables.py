@@ -20,6 +20,7 @@ from mtl import schema
 from mtl.config import is_catalog
 from mtl.errors import ConfigError, StateError
 from mtl.layout import PARTITIONED_BY, PROPERTIES, SCHEMAS
+from mtl.read import is_remote
 from mtl.schema import MODEL_VERSION
 
 # Operations of commits that leave a table's rows as they were.
@@ -64,6 +65,11 @@ class Tables:
         self.in_catalog = is_catalog(root)
         self._created: set[str] = set()
         self.root = root if self.in_catalog or "://" in root else os.path.abspath(root)
+
+    @property
+    def checkpoints(self) -> str | None:
+        """The folder of checkpoints and locks beside the tables; None where they are in a catalog or an object store."""
+        return None if self.in_catalog or is_remote(self.root) else f"{self.root}/_checkpoints"
 
     def apart(self) -> Tables:
         """The same tables in a session of their own: transaction ids set in it reach no other thread's writes."""

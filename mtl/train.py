@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from mtl.engine import Engine  # whose module imports pyspark
 
 START_VARIANCE = 0.2  # of every prior before anything is learnt, in the units of Specification.spread and input_units
-START_NOISE = (
-    0.5  # of the labels' variance: from all of it the factors of small problems often die before they are found
-)
+# Of the labels' variance: from all of it the factors of small problems often die before they are found.
+START_NOISE = 0.5
 _NOISE_FLOOR = 1e-9  # of the labels' variance: a perfect fit must not divide by zero
 _SMALLEST_STEP = 1 / 32
 _RESUMING_STEPS = 10  # of the users, after which working values, which a state does not hold, are back

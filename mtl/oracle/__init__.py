@@ -15,9 +15,8 @@ from mtl.sharing import cores
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-_WORTH_CORES = (
-    4  # below it a refit in tasks takes longer: on 2 cores 5.3 s for 3.2 s with 2,000 rows, 10.0 for 9.9 with 50,000
-)
+# Below it a refit in tasks takes longer: on 2 cores 5.3 s for 3.2 s with 2,000 rows, 10.0 for 9.9 with 50,000.
+_WORTH_CORES = 4
 
 
 def make_oracle(settings: OracleSettings) -> Oracle | None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from mtl.losses import Loss
+from mtl.moment import moment
 from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import api
 from mtl.serving.api import Problem
@@ -61,10 +62,8 @@ def moment_of(text: str | None) -> str:
     if text is None:
         return datetime.now(timezone.utc).isoformat()
     try:
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        return moment.astimezone(timezone.utc).isoformat()
-    except (ValueError, OverflowError) as error:
+        return moment(text).isoformat()
+    except ValueError as error:
         raise Problem(
             422, "bad_event_time", f"event_time {text[:40]!r}: ISO 8601 is wanted, such as 2026-01-31T12:00:00Z"
         ) from error

@@ -22,10 +22,10 @@ from mtl.blocks import EARLIER
 from mtl.config import Settings, load_settings
 from mtl.errors import ConfigError, StateError
 from mtl.evaluate import evaluate
-from mtl.fitting import _refuse_contradictions
 from mtl.ingest import ingest_events
 from mtl.layout import SCHEMAS
 from mtl.models import load_model, promote
+from mtl.refusals import refuse_contradictions
 from mtl.retrain import retrain
 from mtl.schema import INPUT_ID, LABEL, USER_ID
 from mtl.start import Live
@@ -136,7 +136,7 @@ def test_what_a_live_version_has_and_incremental_training_would_drop_is_refused(
     of: dict[str, Any] = {"loss": "squared", "half_life_days": 0.0, "contexts": [], had: [1.0]}
     live: Any = SimpleNamespace(model=SimpleNamespace(**of), batches=object())
     with pytest.raises(ConfigError, match=rf"the live version has model\.{had}"):
-        _refuse_contradictions(INCREMENTAL, live)
+        refuse_contradictions(INCREMENTAL, live)
 
 
 def test_a_version_of_ids_alone_can_keep_its_features(live: Tables) -> None:

@@ -224,6 +224,8 @@ def _footer(file: str) -> pyarrow.Schema:
 def csv_header(file: str, delimiter: str) -> list[str] | None:
     """The names in the first line of a local CSV file, in lower case; None where it is compressed as only Spark can read.
 
+    Of a delimiter of several characters, which only Spark knows, the line is one name.
+
     Raises:
         InputError: it cannot be read.
     """
@@ -231,14 +233,15 @@ def csv_header(file: str, delimiter: str) -> list[str] | None:
         return None
     try:
         with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
-            return [name.lower() for name in next(csv.reader([lines.readline()], delimiter=delimiter), [])]
+            line = lines.readline().lower()
+        return next(csv.reader([line], delimiter=delimiter), []) if len(delimiter) == 1 else [line.strip("\r\n")]
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise InputError(f"{file}: cannot be read as csv: {error}") from None
 
 
 def _has_quoted_line_ends(file: str, delimiter: str) -> bool:
     """Whether rows of a local CSV file have line ends within quotes, all of them whole: a stray quote takes no others in."""
-    if (opener := _opener(file)) is None:
+    if (opener := _opener(file)) is None or len(delimiter) > 1:
         return False
     try:
         with opener(file, "rb") as lines:
@@ -252,10 +255,8 @@ def _has_quoted_line_ends(file: str, delimiter: str) -> bool:
                     return False
                 last = rows.line_num
         return True
-    except csv.Error:
-        return False
-    except (OSError, EOFError, zlib.error):
-        return False  # Spark will say so
+    except (OSError, EOFError, zlib.error, csv.Error):
+        return False  # line by line, Spark says which is none
 
 
 def _opener(file: str) -> Any:

@@ -252,6 +252,22 @@ def test_what_pandas_writes_is_read(shared: Tables, tmp_path: Path) -> None:
     assert days == pytest.approx((times[1] - pd.Timestamp(0)).total_seconds() / 86400)
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "\\t", "||"])
+def test_any_delimiter_that_spark_knows_is_one(shared: Tables, tmp_path: Path, delimiter: str) -> None:
+    """Also two characters that stand for a tab, as a shell hands them on."""
+    sep = delimiter.replace("\\t", "\t")
+    for name in ("1", "2"):
+        text_file(
+            tmp_path,
+            f"{name}.csv",
+            sep.join(["user_id", "input_id", "label"]),
+            sep.join([f"d{ord(delimiter[0])}", name, "1"]),
+        )
+    settings = load_settings([], [f"ingest.csv_delimiter={json.dumps(delimiter)}"])
+    assert settings.ingest.csv_delimiter == delimiter
+    assert counts(ingest_events(shared, settings, str(tmp_path), {})) == (2, 2, 0, 0)
+
+
 @pytest.mark.parametrize("end", ["", "u5,i,5,y\n", 'u5,i,5,"fine"\n', 'u5,i,5,end"\nu6,i\n'])
 def test_a_stray_quote_takes_no_other_row_in(shared: Tables, tmp_path: Path, end: str) -> None:
     stray = 'user_id,input_id,label,note\nu1,i,1,ok\nu2,i,2,"stray\nu3,i,3,a 5" pipe\nu4,i,4,x\n' + end

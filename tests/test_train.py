@@ -25,7 +25,7 @@ from mtl.engine import LocalEngine
 from mtl.errors import ConfigError
 from mtl.features import Features
 from mtl.firstorder import Adam, FunctionBasis
-from mtl.fitting import _precision, _refuse_contradictions
+from mtl.fitting import _precision
 from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
@@ -421,8 +421,8 @@ def test_counts_train_on_after_an_iteration_was_taken_back(seed: int, form: Form
 @pytest.mark.parametrize("asked", ['model.per_user=["price"]', "model.form=multilevel"])
 def test_weights_on_attributes_that_the_oracle_does_not_see_are_refused(asked: str) -> None:
     with pytest.raises(ConfigError, match=r'oracle\.kind "identity" sees no attributes of inputs'):
-        _refuse_contradictions(load_settings([], ["oracle.kind=identity", asked]), None)
-    _refuse_contradictions(load_settings([], [asked]), None)
+        refuse_contradictions(load_settings([], ["oracle.kind=identity", asked]), None)
+    refuse_contradictions(load_settings([], [asked]), None)
 
 
 def test_a_training_that_is_resumed_beyond_its_last_iteration_ends() -> None:

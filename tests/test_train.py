@@ -30,6 +30,7 @@ from mtl.forms import Form
 from mtl.losses import LOSSES
 from mtl.oracle.linear import fit_ridge
 from mtl.prior import Locked
+from mtl.refusals import refuse_contradictions
 from mtl.regressors import Oracle
 from mtl.resume import Checkpoint
 from mtl.train import Fit, Noise, Schedule, State, alternate

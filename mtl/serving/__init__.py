@@ -3,7 +3,7 @@
     tables ── source ──► refresh ──► store ──┐
                             │                ├──► view ──► service ──► http
      takeover, coverage, history             │      │        │  (api, requests, ranking, openapi, metrics, gauges)
-                            ▼                │      │        ├── inspection, neighbours
+                            ▼                │      │        ├── predictions (together), inspection, neighbours
                          overlay ────────────┘◄─────│── observer ◄── choices (bandit)
                                                     │        ▼
               evaluator (functions, anytime, ───────┘   observations: logs that jobs/ingest.py and

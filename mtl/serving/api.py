@@ -40,7 +40,7 @@ class PredictRequest(About, kw_only=True, forbid_unknown_fields=True):
     deadline_ms: float | None = None
 
 
-class Score(msgspec.Struct, omit_defaults=True):
+class Score(msgspec.Struct, omit_defaults=True, gc=False):  # many, and in no cycle
     input: str | int | Attributes
     score: float
     std: float

@@ -25,6 +25,7 @@ from mtl.serving.admission import Admission
 from mtl.serving.api import Problem
 from mtl.serving.inspection import Inspection
 from mtl.serving.metrics import Metrics
+from mtl.serving.predictions import Predictions
 from mtl.serving.service import Service
 
 log = logging.getLogger("mtl")
@@ -163,12 +164,12 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     def schema(content: bytes, scope: Scope) -> bytes:
         return _OPENAPI
 
-    inspection = Inspection(service)
+    predictions, inspection = Predictions(service), Inspection(service)
     routes = [
-        Route("/v1/predict", endpoint("predict", body(service.predict)), methods=["POST"]),
+        Route("/v1/predict", endpoint("predict", body(predictions.predict)), methods=["POST"]),
         Route("/v1/observe", endpoint("observe", body(service.observe)), methods=["POST"]),
         Route("/v1/top", endpoint("top", top), methods=["GET", "POST"]),
-        Route("/v1/predict/batch", endpoint("predict_batch", body(service.predict_batch)), methods=["POST"]),
+        Route("/v1/predict/batch", endpoint("predict_batch", body(predictions.predict_batch)), methods=["POST"]),
         Route("/v1/choose", endpoint("choose", body(service.choose)), methods=["POST"]),
         Route("/v1/feedback", endpoint("feedback", body(service.feedback)), methods=["POST"]),
         Route("/v1/users/{id:any}", endpoint("user", named(inspection.user)), methods=["GET"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +32,11 @@ def pack_users(cycle: int, n_events: Iterable[int], users: Array) -> Iterator[by
         yield _HEADER.pack(cycle, n) + data[i * width : (i + 1) * width]
 
 
+def pack_user(n_events: int, mean: Array, quadratic: Array) -> bytes:
+    """One of these, of no cycle."""
+    return _HEADER.pack(0, n_events) + mean.tobytes() + quadratic.tobytes()
+
+
 def pack_described(cycle: int, mean: Array) -> bytes:
     """A user of whom only attributes are known, by the mean of the weights: the covariance is that of all such users."""
     return _HEADER.pack(cycle, 0) + mean.tobytes()
@@ -41,6 +46,13 @@ def unpack_user(record: bytes, d: int) -> tuple[int, Array, Array]:
     """Number of events, mean (d,), and quadratic as :mod:`mtl.serving.scorer` has it, empty where only attributes are known."""
     values = np.frombuffer(record, np.float64, offset=_HEADER.size)
     return _HEADER.unpack_from(record)[1], values[:d], values[d:]
+
+
+def unpack_users(records: Sequence[bytes | memoryview], d: int) -> tuple[Array, Array]:
+    """Means (m, d) and quadratics (m, width − 1) of m records, none of which is of attributes alone."""
+    values = np.frombuffer(b"".join(records), np.float64).reshape(len(records), -1)
+    first = _HEADER.size // 8
+    return values[:, first : first + d], values[:, first + d :]
 
 
 def is_described_only(record: bytes | memoryview, d: int) -> bool:

@@ -28,6 +28,14 @@ class Weights(NamedTuple):
     offset: float = 0.0  # a known part of every h, which a large one would leave nothing of in E[wwᵀ]
 
 
+class Several(NamedTuple):
+    """The same of m users."""
+
+    mean: Array  # (m, d)
+    quadratic: Array  # (m, width − 1)
+    offset: Array  # (m, 1)
+
+
 def width(d: int) -> int:
     return gaussian.packed_length(d) + d + 2
 
@@ -74,19 +82,18 @@ def covariance_of(user: Weights) -> Array:
     return covariance
 
 
-def belief(rows: Array, user: Weights) -> tuple[Array, Array]:
-    """Mean and variance of h of every row (n, width) for the user, (n,) each."""
-    known = rows[:, : len(user.mean)] @ user.mean
-    variance = rows[:, :-1] @ user.quadratic
+def belief(rows: Array, user: Weights | Several) -> tuple[Array, Array]:
+    """Mean and variance of h of every row (n, width) for the user, (n,) each; of m users with n rows each, (m, n)."""
+    known = np.matvec(rows[..., : user.mean.shape[-1]], user.mean)
+    variance = np.matvec(rows[..., :-1], user.quadratic)
     variance -= known * known
-    known += rows[:, -1]
-    if user.offset:
-        known += user.offset
+    known += rows[..., -1]
+    known += user.offset
     return known, np.maximum(variance, 0.0, out=variance)
 
 
-def score(rows: Array, user: Weights, loss: Loss, noise: float) -> tuple[Array, Array]:
-    """Prediction and standard deviation of a label about it, (n,) each, in label units."""
+def score(rows: Array, user: Weights | Several, loss: Loss, noise: float) -> tuple[Array, Array]:
+    """Prediction and standard deviation of a label about it, in label units, shaped as by :func:`belief`."""
     mean, variance = belief(rows, user)
     return loss.response(mean, variance), loss.deviation(mean, variance, noise)
 

@@ -247,8 +247,9 @@ async def _work(
     gc.set_threshold(20_000, 20, 50)
     sys.setswitchinterval(_SWITCH_SECONDS)
     going = [asyncio.create_task(_keep_looking(service, measured, tell)), asyncio.create_task(_outlive(parent, stop))]
+    tasks = server.server_state.tasks
+    service.n_inside = lambda: len(tasks)
     if service.admission is not None:
-        tasks = server.server_state.tasks
         service.admission.begun = lambda: len(tasks)
         going.append(asyncio.create_task(service.admission.run()))
     await server.serve(sockets=[listener])

@@ -7,14 +7,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import lmdb
 import msgspec
-import numpy as np
 
 from mtl.config import ServeSettings
 from mtl.effects import of_one
@@ -29,11 +28,9 @@ from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay
 from mtl.serving.ranking import Ranked, Rescore
 from mtl.serving.requests import (
-    BATCH,
     CHOOSE,
     FEEDBACK,
     OBSERVE,
-    PREDICT,
     TOP,
     as_text,
     checked_k,
@@ -48,12 +45,12 @@ from mtl.serving.requests import (
 )
 from mtl.serving.scorer import Weights
 from mtl.serving.store import Store
-from mtl.serving.view import Found, InTime, View, open_view
+from mtl.serving.view import InTime, View, open_view
 
 log = logging.getLogger("mtl")
 
 MAX_VERSION_AGE = 0.2  # seconds between two looks at what the store shows
-_LONGEST_MS, _LONGEST_BATCH_MS = 60_000.0, 10_000.0  # of a deadline
+_LONGEST_MS = 60_000.0  # of a deadline
 _RESERVE = 0.002  # seconds of a deadline for what comes after the evaluation
 _EVALUATORS = 32  # threads, which wait for functions and run none
 _RESCORERS = 4  # threads, which may hang
@@ -81,6 +78,8 @@ class Service:
     _told_at: float = field(default=-math.inf, init=False)  # of serve.rescore
     _rescoring: int = field(default=0, init=False)
     admission: Admission | None = field(default=None, init=False)  # None: no objective
+    # Requests that were read and not answered, at most.
+    n_inside: Callable[[], float] = field(default_factory=lambda: lambda: math.inf, init=False)
     # Of its own: who waits for feature functions must not keep others from a thread.
     _evaluators: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_EVALUATORS, "evaluate"), init=False
@@ -120,67 +119,7 @@ class Service:
             threading.Thread(target=_study, args=(view,), name="study", daemon=True).start()
         return view
 
-    # Predictions.
-
-    def predict(self, body: bytes) -> bytes | Coroutine[Any, Any, bytes]:
-        """The answer, or where features are to be computed a coroutine of it."""
-        request, view = decode(PREDICT, body), self.shown()
-        answer = self._at_once(request, view)
-        return self._encoded(request, view) if answer is None else _encode(answer)
-
-    async def _encoded(self, request: api.PredictRequest, view: View) -> bytes:
-        return _encode(await self._predict(request, view))
-
-    async def predict_batch(self, body: bytes) -> bytes:
-        request = decode(BATCH, body)
-        if len(request.requests) > self.settings.max_batch:
-            raise too_many("requests", len(request.requests), self.settings.max_batch, "serve.max_batch")
-        # A batch is of one version, which is kept for a while after another is shown.
-        view, wanted = self.shown(), request.deadline_ms
-        ends = self.ends(wanted if wanted is None else min(wanted, _LONGEST_BATCH_MS))
-        answers = [self._at_once(one, view) or await self._predict(one, view, ends) for one in request.requests]
-        return _encode(api.BatchAnswer(answers))
-
-    def _at_once(self, request: api.PredictRequest, live: View) -> api.PredictAnswer | None:
-        """The answer where all inputs have features."""
-        view, given = self._view_for(request, live), request.inputs
-        self._check_number("inputs", given)
-        rows = view.gather(given)
-        if rows is None:
-            return None
-        user, user_known = self._weights(view, request)
-        return self._answer(view, user_known, given, *view.score(user, rows))
-
-    async def _predict(self, request: api.PredictRequest, live: View, ends: float | None = None) -> api.PredictAnswer:
-        """The answer where features of some inputs are to be computed."""
-        view = self._view_for(request, live)
-        user, user_known = self._weights(view, request)
-        own = self.ends(request.deadline_ms)
-        ends = own if ends is None else min(ends, own)
-        inputs = as_text(request.inputs)
-        try:
-            found = await self._in_time(view.believe, inputs, user, ends, self.coarseness)
-        except asyncio.TimeoutError:
-            at_hand = view.rows_at_hand(inputs)
-            found = Found(*scorer.belief(at_hand.rows, user), at_hand.known, at_hand.incomplete)
-        scores, stds = view.respond(found.mean, found.variance)
-        answer = self._answer(view, user_known, request.inputs, scores, stds)
-        if found.bound is not None:
-            for one, bound in zip(answer.scores, found.bound.tolist(), strict=True):
-                one.bound = bound
-        answer.incomplete_inputs = found.incomplete
-        answer.unknown_inputs = _unknown(request.inputs, found.known)
-        return answer
-
-    def _answer(
-        self, view: View, user_known: bool, given: list[Any], scores: np.ndarray, stds: np.ndarray
-    ) -> api.PredictAnswer:
-        return api.PredictAnswer(
-            scores=list(map(api.Score, given, scores.tolist(), stds.tolist())),
-            model_version=view.version,
-            staleness_s=self.staleness,
-            user_known=user_known,
-        )
+    # Parts of answers.
 
     @property
     def coarseness(self) -> int:
@@ -196,7 +135,7 @@ class Service:
             wanted = min(wanted, self.admission.rung.deadline_ms)
         return time.monotonic() + wanted / 1000
 
-    async def _in_time(
+    async def in_time(
         self, work: Callable[..., Result], inputs: list[Any], user: Weights, ends: float, *more: Any
     ) -> Result:
         """The result of work in a thread.
@@ -219,7 +158,7 @@ class Service:
         if rows is not None:
             return InTime(rows, [True] * len(inputs), [])
         try:
-            return await self._in_time(view.rows_by, inputs, user, ends, coarseness)
+            return await self.in_time(view.rows_by, inputs, user, ends, coarseness)
         except asyncio.TimeoutError:
             return view.rows_at_hand(inputs)
 
@@ -231,11 +170,11 @@ class Service:
 
     async def _top(self, request: api.TopRequest) -> bytes:
         checked_k(request.k, self.settings.max_k)
-        view, ends = self._view_for(request, self.shown()), self.ends()
-        user, known = self._weights(view, request)
+        view, ends = self.view_for(request, self.shown()), self.ends()
+        user, known = self.weights(view, request)
         work, incomplete = asyncio.get_running_loop().run_in_executor, list[str]()
         if request.candidates is not None:
-            self._check_number("candidates", request.candidates)
+            self.check_number("candidates", request.candidates)
             ids = await work(None, ranking.wanted, view, request, request.candidates)
             found = await self.rows_in_time(view, ids, user, ends)
             ranked = await work(None, ranking.scored, view, user, ids, found.rows)
@@ -294,7 +233,7 @@ class Service:
         given, who = request.inputs, identity_of("user", request.user)
         if not given:
             raise Problem(422, "no_inputs", "inputs is empty: there is nothing to choose from")
-        self._check_number("inputs", given)
+        self.check_number("inputs", given)
         inputs = as_text(given)
         if len({*map(choices.name_of, inputs)}) < len(inputs):
             raise Problem(
@@ -304,7 +243,7 @@ class Service:
         version_propensity, versions = 1.0, [view.version]
         if self.contest is not None:
             view, version_propensity, versions = self.contest.draw(view, who)
-        user, user_known = self._weights(view, request)
+        user, user_known = self.weights(view, request)
         ends = self.ends(request.deadline_ms)
         found = await self.rows_in_time(view, inputs, user, ends, self.coarseness)
         policy = request.explore or self.settings.explore
@@ -327,7 +266,7 @@ class Service:
                 model_version=view.version,
                 staleness_s=self.staleness,
                 user_known=user_known,
-                unknown_inputs=_unknown(given, found.known),
+                unknown_inputs=unknown(given, found.known),
                 incomplete_inputs=found.incomplete,
                 version_propensity=version_propensity,
             )
@@ -370,11 +309,11 @@ class Service:
             raise Problem(503, "not_ready", _NOTHING_YET, _RETRY)
         return self.view
 
-    def _view_for(self, about: api.About, live: View) -> View:
+    def view_for(self, about: api.About, live: View) -> View:
         """Of the version that answers where nothing is decided."""
         return live if self.contest is None else self.contest.assigned(live, identity_of("user", about.user))
 
-    def _check_number(self, what: str, inputs: Sequence[Any]) -> None:
+    def check_number(self, what: str, inputs: Sequence[Any]) -> None:
         if len(inputs) > self.settings.max_inputs:
             raise too_many(what, len(inputs), self.settings.max_inputs, "serve.max_inputs")
 
@@ -383,7 +322,11 @@ class Service:
         views = [self.shown(), *(rival.view for rival in self._rivals() if rival.view is not None)]
         return sorted({name for view in views for name in view.model.contexts})
 
-    def _weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
+    def is_moved(self, view: View, about: api.About) -> bool:
+        """Whether there is more in h of the request than user and input."""
+        return bool(about.offset or about.context or view.model.artefact.effects)
+
+    def weights(self, view: View, about: api.About) -> tuple[Weights, bool]:
         """The user's weights, with what else is in h of the request; and whether the user is known."""
         user, attributes = about.user, about.user_attributes
         try:
@@ -393,7 +336,7 @@ class Service:
                 found = view.weights_of_described(attributes) if attributes else view.unknown_weights
         except EncodingError as error:
             raise Problem(422, "bad_attributes", f"the model cannot take these attributes: {error}") from error
-        if about.offset or about.context or view.model.artefact.effects:
+        if self.is_moved(view, about):
             given = context_of(about.context, self._contexts())
             context = {name: given[name] for name in given if name in view.model.contexts}
             found = scorer.moved(
@@ -402,7 +345,7 @@ class Service:
         return found, is_known
 
 
-def _unknown(given: Sequence[Any], known: Sequence[bool]) -> list[Any]:
+def unknown(given: Sequence[Any], known: Sequence[bool]) -> list[Any]:
     """Ids of inputs of which nothing is known."""
     return [one for one, is_known in zip(given, known, strict=True) if not is_known and not isinstance(one, dict)]
 

@@ -28,8 +28,8 @@ from mtl.prior import Prior
 from mtl.serving import scorer
 from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
 from mtl.serving.overlay import Overlay, Pending, is_covered
-from mtl.serving.records import cycle_of, digest, prefix, unpack_user
-from mtl.serving.scorer import Weights
+from mtl.serving.records import cycle_of, digest, is_described_only, pack_user, prefix, unpack_user, unpack_users
+from mtl.serving.scorer import Several, Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
 
@@ -77,7 +77,7 @@ class View:
     users_cached: int
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
-    _index: dict[str, int] = field(default_factory=dict, repr=False)
+    _index: dict[str | int, int] = field(default_factory=dict, repr=False)
     lacking: dict[tuple[str, str, int], np.ndarray] = field(
         default_factory=dict, repr=False
     )  # bits: mtl.serving.ranking
@@ -90,17 +90,27 @@ class View:
 
     # Inputs.
 
-    def gather(self, inputs: Sequence[Any]) -> Array | None:
-        """Features of inputs by their ids, (n, width); None where one of them has none yet."""
+    def places(self, inputs: Sequence[Any]) -> list[int] | None:
+        """Where the features of inputs are, by their ids; None where one of them has none yet."""
         index = self._index
         try:
-            return self.rows.take([index[i] for i in inputs], 0)
+            return list(map(index.__getitem__, inputs))
         except (KeyError, TypeError):  # one that was not asked for before, or attributes
             pass
+        rows = []
         with self.store.reading() as transaction:
-            found = (None if isinstance(i, dict) else self.row_of(str(i), transaction) for i in inputs)
-            rows = [row for row in found if row is not None]
-        return self.rows.take(rows, 0) if len(rows) == len(inputs) else None
+            for given in inputs:
+                row = None if isinstance(given, dict) else self.row_of(str(given), transaction)
+                if row is None:
+                    return None
+                index[given] = row  # which may be a number
+                rows.append(row)
+        return rows
+
+    def gather(self, inputs: Sequence[Any]) -> Array | None:
+        """Features of inputs by their ids, (n, width); None where one of them has none yet."""
+        places = self.places(inputs)
+        return None if places is None else self.rows.take(np.array(places, np.int64), 0)
 
     def rows_of(self, inputs: Sequence[str | Attributes]) -> Inputs:
         """Features of inputs, given by ids or by attributes, computed where there are none, however long it takes.
@@ -169,14 +179,46 @@ class View:
         with self.overlay.reading() as observed, self.store.reading() as stored:
             revision = self.overlay.revision(observed, key)
             record = self.store.user(stored, self._prefix, key)
-            if revision is not None:
-                before = self.weights_of_described(attributes) if attributes and record is None else None
-                return self._with_observations(user, key, revision, record, observed, before)
-            # The store's pages are its own again when the transaction ends.
-            return None if record is None else self._weights_in(bytes(record))
+            before = self.weights_of_described(attributes) if attributes and revision and record is None else None
+            return self._weights(user, key, revision, record, observed, before)
 
-    def _weights_in(self, record: bytes) -> Weights:
-        n_events, mean, quadratic = unpack_user(record, self.d)
+    def weights_of_several(self, users: Sequence[str | Weights]) -> tuple[Several, list[bool]]:
+        """The same of m users at once, and of whom anything is known; what is known already stays as it is."""
+        records, is_known = list[bytes | memoryview](), [True] * len(users)
+        offset = np.zeros((len(users), 1))
+        with self.overlay.reading() as observed, self.store.reading() as stored:
+            for i, user in enumerate(users):
+                if isinstance(user, Weights):
+                    found, offset[i] = user, user.offset
+                else:
+                    key = digest(user)
+                    revision = self.overlay.revision(observed, key)
+                    record = self.store.user(stored, self._prefix, key)
+                    if revision is None and record is not None and not is_described_only(record, self.d):
+                        records.append(record)
+                        continue
+                    known = self._weights(user, key, revision, record, observed)
+                    found, is_known[i] = known or self.unknown_weights, known is not None
+                records.append(pack_user(found.n_events, found.mean, found.quadratic))
+            mean, quadratic = unpack_users(records, self.d)
+        return Several(mean, quadratic, offset), is_known
+
+    def _weights(
+        self,
+        user: str,
+        key: bytes,
+        revision: bytes | None,
+        record: Any,
+        observed: lmdb.Transaction,
+        described: Weights | None = None,
+    ) -> Weights | None:
+        if revision is not None:
+            return self._with_observations(user, key, revision, record, observed, described)
+        return None if record is None else self._weights_in(record)
+
+    def _weights_in(self, record: memoryview) -> Weights:
+        # The store's pages are its own again when the transaction ends.
+        n_events, mean, quadratic = unpack_user(bytes(record), self.d)
         return Weights(mean, quadratic, n_events) if len(quadratic) else self._without_events(mean)
 
     def _with_observations(
@@ -193,7 +235,7 @@ class View:
         kept = self._observed.get(user)
         if kept is not None and kept[0] == state and described is None:
             return kept[1]
-        before = described or (self.unknown_weights if record is None else self._weights_in(bytes(record)))
+        before = described or (self.unknown_weights if record is None else self._weights_in(record))
         pending = [p for p in self.overlay.pending(observed, key) if not is_covered(p, self.version, record)]
         weights = self._after(before, pending) if pending else before
         # Else one waits for its input, which may come any time.
@@ -263,8 +305,8 @@ class View:
 
     # Scores.
 
-    def score(self, user: Weights, rows: Array) -> tuple[Array, Array]:
-        """Prediction and standard deviation of a label for every row of features, (n,) each."""
+    def score(self, user: Weights | Several, rows: Array) -> tuple[Array, Array]:
+        """Prediction and standard deviation of a label for every row of features, (n,) each; of m users (m, n)."""
         return scorer.score(rows, user, self.loss, self.model.noise)
 
     def respond(self, mean: Array, variance: Array) -> tuple[Array, Array]:

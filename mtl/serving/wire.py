@@ -11,29 +11,31 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_CONTINUE = b"HTTP/1.1 100 "  # no answer, and the client waits for it
+
 
 class JoinedTransport:
-    """A transport that joins what is written in one turn of the event loop."""
+    """A transport that holds what is written until :meth:`flush`."""
 
-    __slots__ = ("_parts", "_soon", "_transport")
+    __slots__ = ("_parts", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
-        self._transport, self._soon = transport, loop.call_soon
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
         self._parts: list[bytes] = []
 
     def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._soon(self._flush)
         self._parts.append(data)
+        if data.startswith(_CONTINUE):
+            self.flush()
 
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
         parts, self._parts = self._parts, []
         if parts:
             self._transport.write(b"".join(parts))
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -43,4 +45,8 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP over such a transport."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(JoinedTransport(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(JoinedTransport(transport))  # type: ignore[arg-type]
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()  # type: ignore[attr-defined]
+        super().on_response_complete()

@@ -20,16 +20,21 @@ from made_up import EVENTS_BEFORE, VERSION
 from mtl.effects import Effect
 from mtl.errors import OracleError
 from mtl.schema import LARGEST, LARGEST_EXPONENT
+from mtl.serving import predictions
 from mtl.serving import view as views
 from mtl.serving.evaluator import Evaluator
 from mtl.serving.observations import read, sealed
+from mtl.serving.predictions import Predictions
 from mtl.serving.records import digest, pack_users
 from mtl.serving.scorer import quadratics
+from mtl.serving.view import View
+
+_weights_of_several = View.weights_of_several
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    limits = ["serve.max_inputs=50", "serve.max_batch=3", "serve.max_k=20", "serve.max_body_kb=16"]
+    limits = ["serve.max_inputs=50", "serve.max_batch=14", "serve.max_k=20", "serve.max_body_kb=16"]
     with calling(tmp_path_factory.mktemp("store"), *limits) as client:
         yield client
 
@@ -50,6 +55,57 @@ def test_predict_scores_ids_attributes_and_what_nobody_knows(client: Client) -> 
     np.testing.assert_allclose([one["std"] for one in answer["scores"]], expected[1], atol=1e-12)
     _, alone = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["x1", "x2"]})
     assert alone["scores"] == [answer["scores"][0], answer["scores"][4]]
+
+
+@pytest.mark.parametrize(("rows", "n_together"), [(1024, [10]), (24, [8]), (12, [4, 4]), (11, [])])
+def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch, rows: int, n_together: list[int]
+) -> None:
+    monkeypatch.setattr(predictions, "_ROWS", rows)
+    asked = [
+        {"user": "u1", "inputs": ["x1", "x2", "x3"]},
+        {"user": "u2", "inputs": ["x3", "x2", "x1"]},
+        {"user": "u3", "inputs": ["x4"]},
+        {"user": "u4", "inputs": []},
+        {"user": "nobody", "inputs": ["x1", "x2", "x5"]},
+        {"user": "nobody", "inputs": ["x1", "x2", "x5"], "user_attributes": {"age": 2.0}},
+        {"user": "u1", "inputs": ["x1", "x2", "x3"], "offset": 0.5},
+        {"user": "u1", "inputs": ["x1", {"year": 3}, "nothing"]},
+        {"user": "u1", "inputs": ["x1"] * 51},
+        {"user": "u1"},
+        *({"user": f"u{i}", "inputs": ["x1", "x2", f"x{i}"]} for i in range(5, 10)),
+    ]
+    several: list[list[Any]] = []
+    monkeypatch.setattr(
+        View, "weights_of_several", lambda self, users: several.append(users) or _weights_of_several(self, users)
+    )
+    bodies = [json.dumps(one).encode() for one in asked]
+    alone = [client.send("POST", "/v1/predict", body) for body in bodies]
+    assert not several
+
+    async def exchanged(body: bytes) -> tuple[int, dict[str, str], bytes]:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return await client.exchange("POST", "/v1/predict", receive)
+
+    async def all_of_them() -> list[tuple[int, dict[str, str], bytes]]:
+        return await asyncio.gather(*map(exchanged, bodies))
+
+    assert client.loop.run_until_complete(all_of_them()) == alone
+    assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5
+    assert [len(users) for users in several] == n_together  # of as many inputs, in as many rows as may be
+
+
+def test_ids_that_are_numbers_are_found_as_text(client: Client) -> None:
+    view = client.service.view
+    assert view is not None
+    view.store.write_input_ids(view.live.generation, 7, ["7"])
+    _, by_text = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": ["7", "x1"]})
+    for _ in range(2):
+        _, by_number = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": [7, "x1"]})
+        assert by_number["scores"][0] == {**by_text["scores"][0], "input": 7}
+        assert "unknown_inputs" not in by_number
 
 
 def test_an_unknown_user_has_the_prior_by_attributes_where_given(client: Client) -> None:
@@ -77,8 +133,14 @@ def test_a_user_who_is_described_stays_so_when_something_was_observed(tmp_path: 
             assert 0 < moved() / before < 1  # a prior mean counts for less, the more is known
 
 
-def test_a_batch_is_its_requests(client: Client) -> None:
-    requests = [{"user": "u1", "inputs": ["x1"]}, {"user": "u2", "inputs": [{"year": 1}]}]
+@pytest.mark.parametrize("rows", [1, 4096])
+def test_a_batch_is_its_requests(client: Client, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(predictions, "_ROWS", rows)
+    requests = [
+        {"user": "u1", "inputs": ["x1"]},
+        {"user": "u2", "inputs": [{"year": 1}]},
+        {"user": "u3", "inputs": ["x2"]},
+    ]
     status, answer = client.ask("POST", "/v1/predict/batch", {"requests": requests})
     assert status == 200
     alone = [client.ask("POST", "/v1/predict", one)[1]["scores"] for one in requests]
@@ -89,19 +151,19 @@ def test_a_batch_is_of_one_version_whatever_comes_meanwhile(tmp_path: Path, monk
     with calling(tmp_path, "serve.rivals=[2]") as client:
         service, contest = client.service, client.service.contest
         assert contest is not None
-        other, predict = contest.rivals[0].view, type(service)._predict
+        other, evaluated = contest.rivals[0].view, Predictions._evaluated
         assert other is not None
         monkeypatch.setattr(service, "contest", None)
 
         async def then_switched(*of: Any) -> Any:
             service.view = other
-            return await predict(service, *of)
+            return await evaluated(*of)
 
-        monkeypatch.setattr(service, "_predict", then_switched)
-        requests = [{"user": "u1", "inputs": [{"year": 1}]}, {"user": "u2", "inputs": ["x1"]}]
-        _, answer = client.ask("POST", "/v1/predict/batch", {"requests": requests})
-        assert [one["model_version"] for one in answer["answers"]] == [1, 1]
-        assert client.ask("POST", "/v1/predict", requests[1])[1]["model_version"] == 2
+        monkeypatch.setattr(Predictions, "_evaluated", then_switched)
+        new, known = {"user": "u1", "inputs": [{"year": 1}]}, {"user": "u2", "inputs": ["x1"]}
+        _, answer = client.ask("POST", "/v1/predict/batch", {"requests": [new, known, new]})
+        assert [one["model_version"] for one in answer["answers"]] == [1, 1, 1]
+        assert client.ask("POST", "/v1/predict", known)[1]["model_version"] == 2
 
 
 def test_top_is_the_best_of_all(client: Client) -> None:
@@ -299,7 +361,7 @@ def test_the_openapi_document_names_every_route(client: Client) -> None:
         (
             "POST",
             "/v1/predict/batch",
-            json.dumps({"requests": [{"user": 1, "inputs": []}] * 4}).encode(),
+            json.dumps({"requests": [{"user": 1, "inputs": []}] * 15}).encode(),
             413,
             "max_batch",
         ),

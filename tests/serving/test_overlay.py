@@ -12,11 +12,11 @@ from made_up import EVENTS_BEFORE, VERSION, fill
 
 from mtl import gaussian
 from mtl.config import load_settings
-from mtl.serving import overlay
+from mtl.serving import overlay, scorer
 from mtl.serving import view as views
 from mtl.serving.observations import Event
 from mtl.serving.overlay import Pending, open_overlay
-from mtl.serving.records import digest, pack_users
+from mtl.serving.records import digest, pack_described, pack_users
 from mtl.serving.scorer import covariance_of, features_of
 from mtl.serving.store import Store
 from mtl.serving.view import View, open_view
@@ -38,6 +38,9 @@ def view(tmp_path: Path) -> View:
 def counted(view: View, user: str = "u1") -> int:
     found = view.weights_of(user)
     assert found is not None
+    several, is_known = view.weights_of_several([user])
+    assert is_known == [True]
+    assert several.quadratic[0].tolist() == found.quadratic.tolist()
     return found.n_events
 
 
@@ -119,6 +122,23 @@ def test_an_observation_of_a_new_user_counts_on_the_prior(view: View) -> None:
     assert view.weights_of("new") is None
     view.overlay.insert([(event(0, user="new"), False)])
     assert counted(view, "new") == 1
+
+
+def test_several_users_are_each_what_they_are_alone(view: View) -> None:
+    """A row, nothing, attributes alone, observations on each of these, and what a request says of its own."""
+    described = view.weights_of_described({"age": 1.0})
+    view.store.write_users(VERSION, [(digest(one), pack_described(0, described.mean)) for one in ("told", "told, new")])
+    view.overlay.insert([(event(i, user), False) for i, user in enumerate(["u2", "new", "told, new"])])
+    own = scorer.moved(view.unknown_weights, 0.75, 0.25)
+    users = ["u1", "nobody", "told", "u2", "new", "told, new", own]
+    several, is_known = view.weights_of_several(users)
+    assert is_known == [True, False, True, True, True, True, True]
+    for i, user in enumerate(users):
+        alone = user if isinstance(user, scorer.Weights) else view.weights_of(user) or view.unknown_weights
+        assert several.mean[i].tolist() == alone.mean.tolist()
+        assert several.quadratic[i].tolist() == alone.quadratic.tolist()
+        assert several.offset[i].item() == alone.offset
+    assert len(np.unique(several.quadratic, axis=0)) == len(users)
 
 
 def test_after_a_start_of_the_machine_it_is_made_from_the_log(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ def test_scores_are_those_of_belief(loss: str, d: int) -> None:
     np.testing.assert_allclose(found[1], chosen.deviation(*expected, 0.5), atol=1e-11)
 
 
+@pytest.mark.parametrize("n_inputs", [0, 1, 10])
+def test_several_users_are_scored_as_each_alone_to_the_last_bit(n_inputs: int) -> None:
+    random = np.random.default_rng(n_inputs)
+    users = [user(random, 5)[0]._replace(offset=offset) for offset in (0.0, 0.5, -3.0)]
+    rows = np.stack([scorer.feature_rows(features(random, n_inputs, 5)) for _ in users])
+    mean, quadratic = (np.stack([getattr(one, name) for one in users]) for name in ("mean", "quadratic"))
+    together = scorer.belief(rows, scorer.Several(mean, quadratic, np.array([[one.offset] for one in users])))
+    for i, one in enumerate(users):
+        for found, expected in zip(together, scorer.belief(rows[i], one), strict=True):
+            assert found[i].tolist() == expected.tolist()
+
+
 def test_rows_and_users_come_back_as_they_were() -> None:
     random = np.random.default_rng(0)
     inputs, (weights, covariance) = features(random, 9, 4), user(random, 4)

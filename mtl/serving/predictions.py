@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,14 +24,20 @@ _ROWS = 1024  # of features that are gathered at once: the processor's cache, an
 _encode = msgspec.json.Encoder().encode
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, gc=False):
     """A request whose inputs all have features."""
 
     view: View
     inputs: list[Any]  # as they were given
-    places: list[int]  # of their features
+    places: bytes  # of their features: View.places
     user: str | Weights  # by id, or what is believed where the request says more of the user, or of its context
     user_known: bool
+
+
+class _Batch(msgspec.Struct):
+    """:class:`mtl.serving.api.BatchAnswer` of answers that are encoded."""
+
+    answers: list[msgspec.Raw]
 
 
 class Predictions:
@@ -45,13 +51,8 @@ class Predictions:
         request, live = decode(PREDICT, body), self.service.shown()
         asked = self._asked(request, live)
         if asked is None:
-            return self._encoded(self._evaluated(request, live))
-        if self.service.n_inside() < _BUSY:
-            return _encode(self._alone(asked))
-        return self._encoded(self._ask(asked))
-
-    async def _encoded(self, answer: Awaitable[api.PredictAnswer]) -> bytes:
-        return _encode(await answer)
+            return self._evaluated(request, live)
+        return self._alone(asked) if self.service.n_inside() < _BUSY else self._ask(asked)
 
     async def predict_batch(self, body: bytes) -> bytes:
         request, settings = decode(BATCH, body), self.service.settings
@@ -63,12 +64,12 @@ class Predictions:
         asked = [self._asked(one, live) for one in request.requests]
         at_once = [None if one is None else self._ask(one) for one in asked]
         answers = [
-            await (answer or self._evaluated(one, live, ends))
+            msgspec.Raw(await (answer or self._evaluated(one, live, ends)))
             for one, answer in zip(request.requests, at_once, strict=True)
         ]
-        return _encode(api.BatchAnswer(answers))
+        return _encode(_Batch(answers))
 
-    def _ask(self, asked: Asked) -> Awaitable[api.PredictAnswer]:
+    def _ask(self, asked: Asked) -> Awaitable[bytes]:
         """The answer, together with those to others of the same view with as many inputs."""
         return self.together.ask((id(asked.view), len(asked.places)), asked)
 
@@ -83,33 +84,34 @@ class Predictions:
             return Asked(view, given, places, *self.service.weights(view, request))
         return Asked(view, given, places, str(request.user), True)
 
-    def _alone(self, asked: Asked) -> api.PredictAnswer:
+    def _alone(self, asked: Asked) -> bytes:
         view, user = asked.view, asked.user
         known = user if isinstance(user, Weights) else view.weights_of(user)
-        rows = view.rows.take(np.array(asked.places, np.int64), 0)
+        rows = view.rows.take(np.frombuffer(asked.places, np.int64), 0)
         scores, stds = view.score(known or view.unknown_weights, rows)
-        return self._answer(view, asked.user_known and known is not None, asked.inputs, scores.tolist(), stds.tolist())
+        is_known = asked.user_known and known is not None
+        return _encode(self._answer(view, is_known, asked.inputs, scores.tolist(), stds.tolist()))
 
-    def _scored(self, asked: Sequence[Asked]) -> list[api.PredictAnswer]:
+    def _scored(self, asked: Sequence[Asked]) -> list[bytes]:
         """Answers to requests of one view with as many inputs each."""
-        size = max(_ROWS // max(len(asked[0].places), 1), 1)
+        size = max(_ROWS // max(len(asked[0].inputs), 1), 1)
         answers = []
         for first in range(0, len(asked), size):
             part = asked[first : first + size]
             answers += [self._alone(one) for one in part] if len(part) < _FEW else self._alike(part)
         return answers
 
-    def _alike(self, asked: Sequence[Asked]) -> list[api.PredictAnswer]:
+    def _alike(self, asked: Sequence[Asked]) -> list[bytes]:
         view = asked[0].view
         users, known = view.weights_of_several([one.user for one in asked])
-        rows = view.rows.take(np.array([one.places for one in asked], np.int64), 0)
-        scores, stds = view.score(users, rows)
+        places = np.frombuffer(b"".join([one.places for one in asked]), np.int64)
+        scores, stds = view.score(users, view.rows.take(places.reshape(len(asked), -1), 0))
         return [
-            self._answer(view, one.user_known and is_known, one.inputs, score, std)
+            _encode(self._answer(view, one.user_known and is_known, one.inputs, score, std))
             for one, is_known, score, std in zip(asked, known, scores.tolist(), stds.tolist(), strict=True)
         ]
 
-    async def _evaluated(self, request: api.PredictRequest, live: View, ends: float | None = None) -> api.PredictAnswer:
+    async def _evaluated(self, request: api.PredictRequest, live: View, ends: float | None = None) -> bytes:
         """The answer where features of some inputs are to be computed."""
         service = self.service
         view = service.view_for(request, live)
@@ -129,7 +131,7 @@ class Predictions:
                 one.bound = bound
         answer.incomplete_inputs = found.incomplete
         answer.unknown_inputs = unknown(request.inputs, found.known)
-        return answer
+        return _encode(answer)
 
     def _answer(
         self, view: View, user_known: bool, given: list[Any], scores: list[float], stds: list[float]

@@ -7,6 +7,7 @@ by the :class:`mtl.serving.evaluator.Evaluator`, and what is believed of them th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -77,7 +78,7 @@ class View:
     users_cached: int
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
-    _index: dict[str | int, int] = field(default_factory=dict, repr=False)
+    _index: dict[str | int, bytes] = field(default_factory=dict, repr=False)  # int64, as NumPy reads it
     lacking: dict[tuple[str, str, int], np.ndarray] = field(
         default_factory=dict, repr=False
     )  # bits: mtl.serving.ranking
@@ -90,27 +91,26 @@ class View:
 
     # Inputs.
 
-    def places(self, inputs: Sequence[Any]) -> list[int] | None:
-        """Where the features of inputs are, by their ids; None where one of them has none yet."""
+    def places(self, inputs: Sequence[Any]) -> bytes | None:
+        """Rows with the features of inputs, by their ids, as bytes of int64; None where one of them has none yet."""
         index = self._index
         try:
-            return list(map(index.__getitem__, inputs))
+            return b"".join(map(index.__getitem__, inputs))
         except (KeyError, TypeError):  # one that was not asked for before, or attributes
             pass
-        rows = []
+        found = []
         with self.store.reading() as transaction:
             for given in inputs:
-                row = None if isinstance(given, dict) else self.row_of(str(given), transaction)
-                if row is None:
+                place = None if isinstance(given, dict) else self._place_of(given, transaction)
+                if place is None:
                     return None
-                index[given] = row  # which may be a number
-                rows.append(row)
-        return rows
+                found.append(place)
+        return b"".join(found)
 
     def gather(self, inputs: Sequence[Any]) -> Array | None:
         """Features of inputs by their ids, (n, width); None where one of them has none yet."""
         places = self.places(inputs)
-        return None if places is None else self.rows.take(np.array(places, np.int64), 0)
+        return None if places is None else self.rows.take(np.frombuffer(places, np.int64), 0)
 
     def rows_of(self, inputs: Sequence[str | Attributes]) -> Inputs:
         """Features of inputs, given by ids or by attributes, computed where there are none, however long it takes.
@@ -141,15 +141,19 @@ class View:
 
     def row_of(self, identity: str, transaction: lmdb.Transaction) -> int | None:
         """Where an input's features are; None where it has none."""
-        row = self._index.get(identity)
-        if row is None:
-            row = self.store.input_row(transaction, self.generation, digest(identity))
+        place = self._place_of(identity, transaction)
+        return None if place is None else int.from_bytes(place, sys.byteorder)
+
+    def _place_of(self, identity: str | int, transaction: lmdb.Transaction) -> bytes | None:
+        place = self._index.get(identity)
+        if place is None:
+            row = self.store.input_row(transaction, self.generation, digest(str(identity)))
             if row is None or row >= len(self.rows):
                 return None
             if len(self._index) >= _INDEX_LIMIT:
                 self._index.clear()
-            self._index[identity] = row
-        return row
+            place = self._index[identity] = row.to_bytes(8, sys.byteorder)
+        return place
 
     def sample(self) -> list[Attributes]:
         """Attributes of some of the inputs."""

@@ -108,6 +108,16 @@ def test_ids_that_are_numbers_are_found_as_text(client: Client) -> None:
         assert "unknown_inputs" not in by_number
 
 
+def test_more_inputs_than_are_remembered_are_found_all_the_same(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"user": "u1", "inputs": [f"x{i}" for i in range(40, 50)]}
+    _, remembered = client.ask("POST", "/v1/predict", body)
+    monkeypatch.setattr(views, "_INDEX_LIMIT", 3)
+    client.service.view._index.clear()  # type: ignore[union-attr]
+    assert client.ask("POST", "/v1/predict", body)[1] == remembered
+
+
 def test_an_unknown_user_has_the_prior_by_attributes_where_given(client: Client) -> None:
     _, plain = client.ask("POST", "/v1/predict", {"user": "nobody", "inputs": ["x1"]})
     body = {"user": "nobody", "inputs": ["x1"], "user_attributes": {"age": 2.0}}

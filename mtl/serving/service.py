@@ -119,7 +119,7 @@ class Service:
             threading.Thread(target=_study, args=(view,), name="study", daemon=True).start()
         return view
 
-    # Parts of answers.
+    # Deadlines.
 
     @property
     def coarseness(self) -> int:
@@ -161,6 +161,8 @@ class Service:
             return await self.in_time(view.rows_by, inputs, user, ends, coarseness)
         except asyncio.TimeoutError:
             return view.rows_at_hand(inputs)
+
+    # The best inputs.
 
     async def top(self, body: bytes) -> bytes:
         return await self._top(decode(TOP, body))

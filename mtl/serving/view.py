@@ -79,9 +79,8 @@ class View:
     rows: Array = field(repr=False)  # features of all inputs, (n, width)
     top: Array = field(repr=False)  # (d, n)
     _index: dict[str | int, bytes] = field(default_factory=dict, repr=False)  # int64, as NumPy reads it
-    lacking: dict[tuple[str, str, int], np.ndarray] = field(
-        default_factory=dict, repr=False
-    )  # bits: mtl.serving.ranking
+    # Bits: mtl.serving.ranking.
+    lacking: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict, repr=False)
     _observed: dict[str, tuple[Any, Weights]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,8 +182,10 @@ class View:
         with self.overlay.reading() as observed, self.store.reading() as stored:
             revision = self.overlay.revision(observed, key)
             record = self.store.user(stored, self._prefix, key)
-            before = self.weights_of_described(attributes) if attributes and revision and record is None else None
-            return self._weights(user, key, revision, record, observed, before)
+            if revision is not None:
+                before = self.weights_of_described(attributes) if attributes and record is None else None
+                return self._with_observations(user, key, revision, record, observed, before)
+            return None if record is None else self._weights_in(record)
 
     def weights_of_several(self, users: Sequence[str | Weights]) -> tuple[Several, list[bool]]:
         """The same of m users at once, and of whom anything is known; what is known already stays as it is."""
@@ -192,33 +193,20 @@ class View:
         offset = np.zeros((len(users), 1))
         with self.overlay.reading() as observed, self.store.reading() as stored:
             for i, user in enumerate(users):
-                if isinstance(user, Weights):
-                    found, offset[i] = user, user.offset
-                else:
+                if isinstance(user, str):
                     key = digest(user)
-                    revision = self.overlay.revision(observed, key)
                     record = self.store.user(stored, self._prefix, key)
-                    if revision is None and record is not None and not is_described_only(record, self.d):
+                    has_all = self.overlay.revision(observed, key) is None  # that was observed
+                    if has_all and record is not None and not is_described_only(record, self.d):
                         records.append(record)
                         continue
-                    known = self._weights(user, key, revision, record, observed)
-                    found, is_known[i] = known or self.unknown_weights, known is not None
-                records.append(pack_user(found.n_events, found.mean, found.quadratic))
+                    found = self.weights_of(user)
+                    is_known[i] = found is not None
+                    user = found or self.unknown_weights
+                offset[i] = user.offset
+                records.append(pack_user(user.n_events, user.mean, user.quadratic))
             mean, quadratic = unpack_users(records, self.d)
         return Several(mean, quadratic, offset), is_known
-
-    def _weights(
-        self,
-        user: str,
-        key: bytes,
-        revision: bytes | None,
-        record: Any,
-        observed: lmdb.Transaction,
-        described: Weights | None = None,
-    ) -> Weights | None:
-        if revision is not None:
-            return self._with_observations(user, key, revision, record, observed, described)
-        return None if record is None else self._weights_in(record)
 
     def _weights_in(self, record: memoryview) -> Weights:
         # The store's pages are its own again when the transaction ends.

@@ -27,6 +27,7 @@ from mtl.serving.observations import read, sealed
 from mtl.serving.predictions import Predictions
 from mtl.serving.records import digest, pack_users
 from mtl.serving.scorer import quadratics
+from mtl.serving.store import Store
 from mtl.serving.view import View
 
 _weights_of_several = View.weights_of_several
@@ -95,9 +96,13 @@ def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
     assert client.loop.run_until_complete(all_of_them()) == alone
     assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5
     assert [len(users) for users in several] == n_together  # of as many inputs, in as many rows as may be
+    several.clear()
+    monkeypatch.setattr(client.service, "n_inside", lambda: 15)  # few: none waits for others
+    assert client.loop.run_until_complete(all_of_them()) == alone
+    assert not several
 
 
-def test_ids_that_are_numbers_are_found_as_text(client: Client) -> None:
+def test_ids_that_are_numbers_are_found_as_text_and_remembered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     view = client.service.view
     assert view is not None
     view.store.write_input_ids(view.live.generation, 7, ["7"])
@@ -106,6 +111,7 @@ def test_ids_that_are_numbers_are_found_as_text(client: Client) -> None:
         _, by_number = client.ask("POST", "/v1/predict", {"user": "u1", "inputs": [7, "x1"]})
         assert by_number["scores"][0] == {**by_text["scores"][0], "input": 7}
         assert "unknown_inputs" not in by_number
+        monkeypatch.delattr(Store, "input_row", raising=False)  # for the second time
 
 
 def test_more_inputs_than_are_remembered_are_found_all_the_same(

@@ -88,7 +88,7 @@ def test_one_that_was_cancelled_takes_no_answer_from_the_others(other: int) -> N
         tasks = [asyncio.create_task(doubling.ask(one)) for one in (1, other)]
         await asyncio.sleep(0)
         tasks[0].cancel()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
 
     gone, answered = asyncio.run(leaving())
     assert isinstance(gone, asyncio.CancelledError)

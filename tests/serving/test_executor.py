@@ -90,11 +90,14 @@ def test_steps_run_as_many_at_once_as_is_said() -> None:
 
 def test_hung_threads_are_bounded_and_a_lane_without_any_other_refuses_at_once(hang) -> None:
     steps, (lane,) = lanes_of(hang, threads=2, hung_after=0.01, most_hung=3)
-    for _ in range(40):
-        evaluate(steps, [lane], [0], 1, time.monotonic() + 0.02)
-    assert eventually(lambda: lane.counts().is_out)
+    ask = lambda: evaluate(steps, [lane], [0], 1, time.monotonic() + 0.02)  # noqa: E731
+    assert eventually(lambda: ask() == {} and lane.counts().hung == 3)
+    ends = time.monotonic() + 10 * SOON  # many times the pause after which another thread would be tried
+    while time.monotonic() < ends:
+        ask()
+        time.sleep(0.005)
     counts = lane.counts()
-    assert counts.hung == 3
+    assert (counts.hung, counts.is_out) == (3, True)
     assert threads_of(lane) <= 2 + 3
     started = time.monotonic()
     assert evaluate(steps, [lane], [0], 1, started + FAR) == {}
@@ -156,12 +159,14 @@ def test_what_has_not_begun_by_its_deadline_never_begins(hang) -> None:
         return hang(argument, needed) if argument == 0 else argument
 
     steps, (lane,) = lanes_of(first_hangs, threads=1, hung_after=FAR)
-    for argument in range(4):
+    lane.queue(0)
+    assert eventually(lambda: seen == [0])
+    for argument in (1, 2, 3):
         evaluate(steps, [lane], [0], argument, time.monotonic() + 0.01)
     hang.release.set()
+    assert eventually(lambda: lane.counts().dropped == 3)
     assert evaluate(steps, [lane], [0], 9, time.monotonic() + FAR) == {0: 9}
     assert seen == [0, 9]
-    assert lane.counts().dropped == 3
 
 
 def test_a_step_too_slow_for_the_time_left_makes_way() -> None:

@@ -3,7 +3,7 @@
     tables ── source ──► refresh ──► store ──┐
                             │                ├──► view ──► service ──► http
      takeover, coverage, history             │      │        │  (api, requests, ranking, openapi, metrics, gauges)
-                            ▼                │      │        ├── predictions (together), inspection, neighbours
+                            ▼                │      │        ├── predictions (turn), inspection, neighbours
                          overlay ────────────┘◄─────│── observer ◄── choices (bandit)
                                                     │        ▼
               evaluator (functions, anytime, ───────┘   observations: logs that jobs/ingest.py and
@@ -12,5 +12,5 @@
 ``scorer`` has the sums. ``evaluator`` makes features of inputs that are given by attributes, cached and in time; ``admission``
 holds a latency objective by what ``load`` decides. ``server`` has the processes: a supervisor, workers (all that is right of
 store and overlay), and a refresher (the rest, with ``housekeeping`` as its loop). ``records`` has the bytes of users, ``wire``
-how answers leave.
+how requests come and answers leave.
 """

@@ -34,6 +34,7 @@ Answer = Callable[[bytes, Scope], Awaitable[bytes] | bytes]
 
 _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
+PREDICT_PATH = "/v1/predict"
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # for probes, which bring no token
 
 
@@ -152,6 +153,9 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     async def top(content: bytes, scope: Scope) -> bytes:
         return await (service.top(content) if scope["method"] == "POST" else service.top_by_query(_query(scope)))
 
+    def predict(content: bytes, scope: Scope) -> Awaitable[bytes] | bytes:
+        return predictions.predict(content, scope["state"].get("came") if "state" in scope else None)
+
     def health(content: bytes, scope: Scope) -> bytes:
         return _HEALTHY
 
@@ -166,7 +170,7 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
 
     predictions, inspection = Predictions(service), Inspection(service)
     routes = [
-        Route("/v1/predict", endpoint("predict", body(predictions.predict)), methods=["POST"]),
+        Route(PREDICT_PATH, endpoint("predict", predict), methods=["POST"]),
         Route("/v1/observe", endpoint("observe", body(service.observe)), methods=["POST"]),
         Route("/v1/top", endpoint("top", top), methods=["GET", "POST"]),
         Route("/v1/predict/batch", endpoint("predict_batch", body(predictions.predict_batch)), methods=["POST"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -10,16 +12,17 @@ import msgspec
 import numpy as np
 
 from mtl.serving import api, scorer
+from mtl.serving.api import Problem
 from mtl.serving.requests import BATCH, PREDICT, as_text, decode, too_many
 from mtl.serving.scorer import Weights
 from mtl.serving.service import Service, unknown
-from mtl.serving.together import Together
+from mtl.serving.turn import Came
 from mtl.serving.view import Found, View
 
 _LONGEST_BATCH_MS = 10_000.0  # of a deadline
-_BUSY = 16  # requests in the worker: with fewer each is answered on the spot, which is sooner
-_FEW = 4  # requests of one turn: fewer are sooner scored one by one
 _ROWS = 1024  # of features that are gathered at once: the processor's cache, and who else waits meanwhile
+
+log = logging.getLogger("mtl")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -45,14 +48,18 @@ class Predictions:
 
     def __init__(self, service: Service):
         self.service = service
-        self.together = Together(self._scored)
 
-    def predict(self, body: bytes) -> bytes | Awaitable[bytes]:
-        request, live = decode(PREDICT, body), self.service.shown()
+    def predict(self, body: bytes, came: Came | None = None) -> bytes | Awaitable[bytes]:
+        """The answer to a request; where it came with others, those get theirs too."""
+        live = self.service.shown()
+        if came is not None and came.body == body:  # not the last part of one
+            if came.answer is None:
+                self._answer_all(came.turn.take(came), live)
+            if came.answer is not None:
+                return came.answer
+        request = decode(PREDICT, body)
         asked = self._asked(request, live)
-        if asked is None:
-            return self._evaluated(request, live)
-        return self._alone(asked) if self.service.n_inside() < _BUSY else self._ask(asked)
+        return self._evaluated(request, live) if asked is None else self._alone(asked)
 
     async def predict_batch(self, body: bytes) -> bytes:
         request, settings = decode(BATCH, body), self.service.settings
@@ -61,17 +68,42 @@ class Predictions:
         # A batch is of one version, which is kept for a while after another is shown.
         live, wanted = self.service.shown(), request.deadline_ms
         ends = self.service.ends(wanted if wanted is None else min(wanted, _LONGEST_BATCH_MS))
-        asked = [self._asked(one, live) for one in request.requests]
-        at_once = [None if one is None else self._ask(one) for one in asked]
+        at_once = self._together([self._asked(one, live) for one in request.requests])
         answers = [
-            msgspec.Raw(await (answer or self._evaluated(one, live, ends)))
+            msgspec.Raw(answer or await self._evaluated(one, live, ends))
             for one, answer in zip(request.requests, at_once, strict=True)
         ]
         return _encode(_Batch(answers))
 
-    def _ask(self, asked: Asked) -> Awaitable[bytes]:
-        """The answer, together with those to others of the same view with as many inputs."""
-        return self.together.ask((id(asked.view), len(asked.places)), asked)
+    def _answer_all(self, came: Sequence[Came], live: View) -> None:
+        """Answers to those of some requests that can be answered at once."""
+        if len(came) < 2:
+            return
+        try:
+            answers = self._together([self._asked_by(one, live) for one in came])
+        except Exception:  # one's own fault is not to be the others'
+            log.exception("serve: requests that came at once are answered one by one")
+            return
+        for one, answer in zip(came, answers, strict=True):
+            one.answer = answer
+
+    def _asked_by(self, came: Came, live: View) -> Asked | None:
+        try:
+            return self._asked(decode(PREDICT, came.body), live)
+        except Problem:  # to be told when it is this one's turn
+            return None
+
+    def _together(self, asked: Sequence[Asked | None]) -> list[bytes | None]:
+        """Answers to requests, those of one view with as many inputs by the same calls."""
+        kinds = defaultdict[tuple[int, int], list[tuple[int, Asked]]](list)
+        for place, one in enumerate(asked):
+            if one is not None:
+                kinds[id(one.view), len(one.places)].append((place, one))
+        answers: list[bytes | None] = [None] * len(asked)
+        for alike in kinds.values():
+            for (place, _), answer in zip(alike, self._scored([one for _, one in alike]), strict=True):
+                answers[place] = answer
+        return answers
 
     def _asked(self, request: api.PredictRequest, live: View) -> Asked | None:
         """The request as it can be answered at once; None where features are to be computed."""
@@ -95,10 +127,10 @@ class Predictions:
     def _scored(self, asked: Sequence[Asked]) -> list[bytes]:
         """Answers to requests of one view with as many inputs each."""
         size = max(_ROWS // max(len(asked[0].inputs), 1), 1)
-        answers = []
+        answers = list[bytes]()
         for first in range(0, len(asked), size):
             part = asked[first : first + size]
-            answers += [self._alone(one) for one in part] if len(part) < _FEW else self._alike(part)
+            answers += self._alike(part) if len(part) > 1 else map(self._alone, part)
         return answers
 
     def _alike(self, asked: Sequence[Asked]) -> list[bytes]:

@@ -33,13 +33,14 @@ from mtl.lock import exclusive
 from mtl.serving import metrics
 from mtl.serving.contest import Contest, Record, Rival, contest_of, make_record
 from mtl.serving.gauges import readings
-from mtl.serving.http import application
+from mtl.serving.http import PREDICT_PATH, application
 from mtl.serving.observations import read, sealed
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import Overlay, open_overlay
 from mtl.serving.ranking import rescore_of
 from mtl.serving.service import MAX_VERSION_AGE, Service
 from mtl.serving.store import Store
+from mtl.serving.turn import Turn
 from mtl.serving.wire import Protocol
 
 log = logging.getLogger("mtl")
@@ -225,7 +226,7 @@ async def _work(
     measured = metrics.Metrics(lambda: readings(service))
     config = uvicorn.Config(
         application(service, measured),
-        http=Protocol,
+        http=partial(Protocol, turn=Turn(PREDICT_PATH)),  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -247,9 +248,8 @@ async def _work(
     gc.set_threshold(20_000, 20, 50)
     sys.setswitchinterval(_SWITCH_SECONDS)
     going = [asyncio.create_task(_keep_looking(service, measured, tell)), asyncio.create_task(_outlive(parent, stop))]
-    tasks = server.server_state.tasks
-    service.n_inside = lambda: len(tasks)
     if service.admission is not None:
+        tasks = server.server_state.tasks
         service.admission.begun = lambda: len(tasks)
         going.append(asyncio.create_task(service.admission.run()))
     await server.serve(sockets=[listener])

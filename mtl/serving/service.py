@@ -78,8 +78,6 @@ class Service:
     _told_at: float = field(default=-math.inf, init=False)  # of serve.rescore
     _rescoring: int = field(default=0, init=False)
     admission: Admission | None = field(default=None, init=False)  # None: no objective
-    # Requests that were read and not answered, at most.
-    n_inside: Callable[[], float] = field(default_factory=lambda: lambda: math.inf, init=False)
     # Of its own: who waits for feature functions must not keep others from a thread.
     _evaluators: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_EVALUATORS, "evaluate"), init=False

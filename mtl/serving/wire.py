@@ -1,4 +1,4 @@
-"""Answers that leave in one piece.
+"""HTTP as uvicorn speaks it, its answers in one piece and its requests in :mod:`mtl.serving.turn`.
 
 uvicorn writes head and body of an answer apart, and each write is a system call that may wake the client: measured, half
 the price of a short answer.
@@ -10,6 +10,8 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mtl.serving.turn import Turn
 
 _CONTINUE = b"HTTP/1.1 100 "  # no answer, and the client waits for it
 
@@ -42,10 +44,24 @@ class JoinedTransport:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP over such a transport."""
+    """uvicorn's HTTP over such a transport.
+
+    Args:
+        turn: what is told of requests that are complete; those that wait for another of their connection are not.
+    """
+
+    def __init__(self, *args: Any, turn: Turn, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._turn = turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(JoinedTransport(transport))  # type: ignore[arg-type]
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        cycle = self.cycle  # none of a first request that is an upgrade
+        if cycle and not cycle.response_complete and not self.pipeline:
+            self._turn.add(cycle.scope, bytes(cycle.body))
 
     def on_response_complete(self) -> None:
         self.transport.flush()  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from calling import INPUTS, Client, calling
+from connecting import connect, posted, settle
 from made_up import EVENTS_BEFORE, VERSION
 
 from mtl.effects import Effect
@@ -23,11 +24,13 @@ from mtl.schema import LARGEST, LARGEST_EXPONENT
 from mtl.serving import predictions
 from mtl.serving import view as views
 from mtl.serving.evaluator import Evaluator
+from mtl.serving.http import PREDICT_PATH
 from mtl.serving.observations import read, sealed
 from mtl.serving.predictions import Predictions
 from mtl.serving.records import digest, pack_users
 from mtl.serving.scorer import quadratics
 from mtl.serving.store import Store
+from mtl.serving.turn import Turn
 from mtl.serving.view import View
 
 _weights_of_several = View.weights_of_several
@@ -38,6 +41,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     limits = ["serve.max_inputs=50", "serve.max_batch=14", "serve.max_k=20", "serve.max_body_kb=16"]
     with calling(tmp_path_factory.mktemp("store"), *limits) as client:
         yield client
+
+
+def predicted_at_once(client: Client, bodies: list[bytes]) -> list[tuple[int, bytes]]:
+    """Status and body of answers to predictions that come in one turn of the loop, each over a connection of its own."""
+
+    async def at_once() -> list[tuple[int, bytes]]:
+        turn = Turn(PREDICT_PATH)
+        connections = [connect(client.app, turn) for _ in bodies]
+        for (protocol, _), body in zip(connections, bodies, strict=True):
+            protocol.data_received(posted(PREDICT_PATH, body))
+        while not all(transport.written for _, transport in connections):
+            await asyncio.sleep(0.001)
+        answers = [transport.written[0] for _, transport in connections]
+        return [(int(one.split()[1]), one.partition(b"\r\n\r\n")[2]) for one in answers]
+
+    return client.loop.run_until_complete(asyncio.wait_for(at_once(), 30))
 
 
 def test_predict_scores_ids_attributes_and_what_nobody_knows(client: Client) -> None:
@@ -58,7 +77,7 @@ def test_predict_scores_ids_attributes_and_what_nobody_knows(client: Client) -> 
     assert alone["scores"] == [answer["scores"][0], answer["scores"][4]]
 
 
-@pytest.mark.parametrize(("rows", "n_together"), [(1024, [10]), (24, [8]), (12, [4, 4]), (11, [])])
+@pytest.mark.parametrize(("rows", "n_together"), [(1024, [10]), (24, [8, 2]), (11, [3, 3, 3]), (5, [])])
 def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
     client: Client, monkeypatch: pytest.MonkeyPatch, rows: int, n_together: list[int]
 ) -> None:
@@ -84,22 +103,35 @@ def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
     alone = [client.send("POST", "/v1/predict", body) for body in bodies]
     assert not several
 
-    async def exchanged(body: bytes) -> tuple[int, dict[str, str], bytes]:
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        return await client.exchange("POST", "/v1/predict", receive)
-
-    async def all_of_them() -> list[tuple[int, dict[str, str], bytes]]:
-        return await asyncio.gather(*map(exchanged, bodies))
-
-    assert client.loop.run_until_complete(all_of_them()) == alone
+    assert predicted_at_once(client, bodies) == [(s, body) for s, _, body in alone]
     assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5
     assert [len(users) for users in several] == n_together  # of as many inputs, in as many rows as may be
-    several.clear()
-    monkeypatch.setattr(client.service, "n_inside", lambda: 15)  # few: none waits for others
-    assert client.loop.run_until_complete(all_of_them()) == alone
-    assert not several
+
+
+def test_a_request_that_harms_its_turn_harms_nobody_else(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(View, "weights_of_several", lambda self, users: 1 / 0)
+    body = b'{"user": "u1", "inputs": ["x1", "x2"]}'
+    alone = client.send("POST", "/v1/predict", body)
+    assert alone[0] == 200
+    assert predicted_at_once(client, [body, body]) == [(200, alone[2])] * 2
+
+
+def test_the_last_part_of_a_body_is_not_taken_for_all_of_it(client: Client) -> None:
+    """Though it is a request by itself."""
+    body = b'{"user": "u1", "inputs": ["x1"]}'
+
+    async def in_parts() -> bytes:
+        turn = Turn(PREDICT_PATH)
+        (protocol, transport), (other, _) = connect(client.app, turn), connect(client.app, turn)
+        request = posted(PREDICT_PATH, b"[" + body)
+        protocol.data_received(request[: -len(body)])
+        await settle()
+        other.data_received(posted(PREDICT_PATH, body))  # is answered first, and sees to all that came
+        protocol.data_received(request[-len(body) :])
+        await settle()
+        return transport.written[0]
+
+    assert client.loop.run_until_complete(in_parts()).startswith(b"HTTP/1.1 422")
 
 
 def test_ids_that_are_numbers_are_found_as_text_and_remembered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

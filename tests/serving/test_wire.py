@@ -1,38 +1,16 @@
-"""What leaves a connection, and in how many pieces: uvicorn's protocol over a transport that remembers what is written."""
+"""What leaves a connection, and in how many pieces; which of the requests that come are of a turn."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-import uvicorn
-from uvicorn.server import ServerState
+import pytest
+from connecting import connect, posted, settle
 
-from mtl.serving.wire import Protocol
+from mtl.serving.turn import Turn
 
 HEAD = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n"
-
-
-class Remembering(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.written: list[bytes] = []
-        self.is_closed = False
-
-    def write(self, data: Any) -> None:
-        self.written.append(bytes(data))
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
@@ -50,14 +28,10 @@ def written(app: Any, *parts: bytes) -> tuple[list[bytes], bool]:
     """Writes after what the client sent, part by part, and whether the connection was closed."""
 
     async def exchange() -> tuple[list[bytes], bool]:
-        config = uvicorn.Config(app, http=Protocol, log_config=None, access_log=False, lifespan="off")
-        config.load()
-        protocol, transport = Protocol(config=config, server_state=ServerState(), app_state={}), Remembering()
-        protocol.connection_made(transport)
+        protocol, transport = connect(app, Turn("/"))
         for part in parts:
             protocol.data_received(part)
-            for _ in range(10):
-                await asyncio.sleep(0)
+            await settle()
         return transport.written, transport.is_closed
 
     return asyncio.run(exchange())
@@ -98,3 +72,49 @@ def test_what_is_no_http_is_told_so() -> None:
     (answer,), is_closed = written(echo, b"nonsense\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400")
     assert is_closed
+
+
+class Recording:
+    """Answers with the body, and keeps what was in the state of each request."""
+
+    def __init__(self) -> None:
+        self.came: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.came.append(scope["state"].get("came"))
+        await echo(scope, receive, send)
+
+
+def came_of(*parts: bytes) -> list[Any]:
+    app = Recording()
+    written(app, *parts)
+    return app.came
+
+
+def test_a_small_request_for_the_route_is_of_the_turn() -> None:
+    (came,) = came_of(posted("/", b"hi"))
+    assert came.body == b"hi"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        posted("/v1/observe", b"hi"),
+        posted("/", b"h" * 20_000),
+        posted("/", b"hi").replace(b"POST", b"PUT"),
+    ],
+)
+def test_others_are_not(other: bytes) -> None:
+    assert came_of(other) == [None]
+
+
+def test_a_request_that_waits_for_another_of_its_connection_is_not() -> None:
+    """What the one before does is not done yet."""
+    first, second = came_of(posted("/", b"hi") * 2)
+    assert first.body == b"hi"
+    assert second is None
+
+
+def test_a_request_whose_task_runs_before_its_body_is_there_has_nothing_in_its_state_yet() -> None:
+    request = posted("/", b"hi")
+    assert came_of(request[:-1], request[-1:]) == [None]

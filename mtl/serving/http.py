@@ -154,7 +154,7 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
         return await (service.top(content) if scope["method"] == "POST" else service.top_by_query(_query(scope)))
 
     def predict(content: bytes, scope: Scope) -> Awaitable[bytes] | bytes:
-        return predictions.predict(content, scope["state"].get("came") if "state" in scope else None)
+        return predictions.predict(content, scope.get("state", {}).get("came"))
 
     def health(content: bytes, scope: Scope) -> bytes:
         return _HEALTHY

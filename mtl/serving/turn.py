@@ -32,24 +32,22 @@ class Turn:
         self._path = path
         self._came: list[Came] = []
 
-    def add(self, scope: Mapping[str, Any], body: bytes) -> None:
+    def add(self, scope: Mapping[str, Any], body: bytearray) -> None:
         """A request that will be answered in the loop's next turn; who answers it finds it in its state as ``came``."""
         if scope["path"] != self._path or scope["method"] != "POST" or len(body) > _SMALL:
             return
         if not self._came:
             # After the first of them has begun, and before the second: what nobody took is everyone's own matter.
             asyncio.get_running_loop().call_soon(self._end)
-        came = Came(body, scope["headers"], self)
+        came = Came(bytes(body), scope["headers"], self)
         scope["state"]["came"] = came
         self._came.append(came)
 
     def take(self, first: Came) -> list[Came]:
         """All of the turn with the authorization of one of them, which is not to be asked for again."""
         came, self._came = self._came, []
-        if len(came) == 1:
-            return came
         token = _authorization(first)
-        return [one for one in came if one is first or _authorization(one) == token]
+        return [one for one in came if _authorization(one) == token]
 
     def _end(self) -> None:
         self._came = []

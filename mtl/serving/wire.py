@@ -61,7 +61,7 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
         cycle = self.cycle  # none of a first request that is an upgrade
         if cycle and not cycle.response_complete and not self.pipeline:
-            self._turn.add(cycle.scope, bytes(cycle.body))
+            self._turn.add(cycle.scope, cycle.body)
 
     def on_response_complete(self) -> None:
         self.transport.flush()  # type: ignore[attr-defined]

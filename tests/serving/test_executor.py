@@ -90,7 +90,10 @@ def test_steps_run_as_many_at_once_as_is_said() -> None:
 
 def test_hung_threads_are_bounded_and_a_lane_without_any_other_refuses_at_once(hang) -> None:
     steps, (lane,) = lanes_of(hang, threads=2, hung_after=0.01, most_hung=3)
-    ask = lambda: evaluate(steps, [lane], [0], 1, time.monotonic() + 0.02)  # noqa: E731
+
+    def ask() -> dict:
+        return evaluate(steps, [lane], [0], 1, time.monotonic() + 0.02)
+
     assert eventually(lambda: ask() == {} and lane.counts().hung == 3)
     ends = time.monotonic() + 10 * SOON  # many times the pause after which another thread would be tried
     while time.monotonic() < ends:

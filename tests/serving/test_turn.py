@@ -11,7 +11,7 @@ from mtl.serving.turn import Came, Turn
 def add(turn: Turn, body: bytes, token: bytes | None = None) -> Came:
     headers = [(b"authorization", token)] if token is not None else []
     scope: dict[str, Any] = {"path": "/", "method": "POST", "headers": headers, "state": {}}
-    turn.add(scope, body)
+    turn.add(scope, bytearray(body))
     return scope["state"]["came"]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import nullcontext
 from typing import Any
 from urllib.parse import parse_qsl
@@ -68,12 +68,12 @@ class Endpoint:
             if admission is not None and not self.is_probe:
                 is_in = admission.enter()
                 if not is_in:
-                    raise _overloaded(admission)
+                    raise overloaded(admission)
             answer = self.answer(body, scope)
             content = answer if isinstance(answer, bytes) else await answer
         except Problem as problem:
             status, headers = problem.status, problem.headers
-            content = _encode(api.ErrorBody(problem.error, problem.message))
+            content = error_body(problem)
         except Exception:
             log.exception("serve: %s failed", scope["path"])
             status, content = 500, _encode(api.ErrorBody("internal", "the server failed; its log says why"))
@@ -112,18 +112,25 @@ class Authorization:
     """Only requests with the bearer token pass, but for health checks."""
 
     def __init__(self, app: ASGIApp, token: str):
-        self.app, self.token = app, token.encode()
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, token = given.partition(b" ")
-            if not (hmac.compare_digest(token, self.token) and scheme.lower() == b"bearer"):
-                content = _encode(api.ErrorBody("unauthorized", "a bearer token is wanted in the header Authorization"))
-                response = Response(content, 401, {"www-authenticate": "Bearer"}, "application/json")
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        is_open = scope["type"] != "http" or scope["path"] in OPEN_PATHS
+        if is_open or allowed(scope["headers"], self.token):
+            await self.app(scope, receive, send)
+            return
+        content = _encode(api.ErrorBody("unauthorized", "a bearer token is wanted in the header Authorization"))
+        response = Response(content, 401, {"www-authenticate": "Bearer"}, "application/json")
+        await response(scope, receive, send)
+
+
+def allowed(headers: Iterable[tuple[bytes, bytes]], token: str) -> bool:
+    """Whether a request brings the token, of which "" wants none."""
+    if not token:
+        return True
+    given = next((value for name, value in headers if name == b"authorization"), b"")
+    scheme, _, brought = given.partition(b" ")
+    return hmac.compare_digest(brought, token.encode()) and scheme.lower() == b"bearer"
 
 
 class _Any(PathConvertor):
@@ -153,9 +160,6 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
     async def top(content: bytes, scope: Scope) -> bytes:
         return await (service.top(content) if scope["method"] == "POST" else service.top_by_query(_query(scope)))
 
-    def predict(content: bytes, scope: Scope) -> Awaitable[bytes] | bytes:
-        return predictions.predict(content, scope.get("state", {}).get("came"))
-
     def health(content: bytes, scope: Scope) -> bytes:
         return _HEALTHY
 
@@ -170,7 +174,7 @@ def application(service: Service, metrics: Metrics) -> ASGIApp:
 
     predictions, inspection = Predictions(service), Inspection(service)
     routes = [
-        Route(PREDICT_PATH, endpoint("predict", predict), methods=["POST"]),
+        Route(PREDICT_PATH, endpoint("predict", body(predictions.predict)), methods=["POST"]),
         Route("/v1/observe", endpoint("observe", body(service.observe)), methods=["POST"]),
         Route("/v1/top", endpoint("top", top), methods=["GET", "POST"]),
         Route("/v1/predict/batch", endpoint("predict_batch", body(predictions.predict_batch)), methods=["POST"]),
@@ -212,10 +216,14 @@ def _too_large(limit: int) -> Problem:
     return Problem(413, "too_large", f"the body is larger than {limit // 1024} KB (serve.max_body_kb)")
 
 
-def _overloaded(admission: Admission) -> Problem:
+def overloaded(admission: Admission) -> Problem:
     seconds = admission.retry_after()
     told = f"too many requests for the objective (serve.objective_ms): come back in {seconds} s"
     return Problem(503, "overloaded", told, ((b"retry-after", str(seconds).encode()),))
+
+
+def error_body(problem: Problem) -> bytes:
+    return _encode(api.ErrorBody(problem.error, problem.message))
 
 
 def _http_error(request: Request, error: Any) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -12,17 +11,13 @@ import msgspec
 import numpy as np
 
 from mtl.serving import api, scorer
-from mtl.serving.api import Problem
 from mtl.serving.requests import BATCH, PREDICT, as_text, decode, too_many
 from mtl.serving.scorer import Weights
 from mtl.serving.service import Service, unknown
-from mtl.serving.turn import Came
 from mtl.serving.view import Found, View
 
 _LONGEST_BATCH_MS = 10_000.0  # of a deadline
 _ROWS = 1024  # of features that are gathered at once: the processor's cache, and who else waits meanwhile
-
-log = logging.getLogger("mtl")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -49,17 +44,18 @@ class Predictions:
     def __init__(self, service: Service):
         self.service = service
 
-    def predict(self, body: bytes, came: Came | None = None) -> bytes | Awaitable[bytes]:
-        """The answer to a request; where it came with others, those get theirs too."""
-        live = self.service.shown()
-        if came is not None and came.body == body:  # not the last part of one
-            if came.answer is None:
-                self._answer_all(came.turn.take(came), live)
-            if came.answer is not None:
-                return came.answer
-        request = decode(PREDICT, body)
+    def predict(self, body: bytes) -> bytes | Awaitable[bytes]:
+        live, request = self.service.shown(), decode(PREDICT, body)
         asked = self._asked(request, live)
-        return self._evaluated(request, live) if asked is None else self._alone(asked)
+        return self._evaluated(request, live) if asked is None else self._alike([asked])[0]
+
+    def asked(self, body: bytes | bytearray) -> Asked | None:
+        """A request that can be answered at once; None where features are to be computed.
+
+        Raises:
+            Problem: it cannot be answered.
+        """
+        return self._asked(decode(PREDICT, body), self.service.shown())
 
     async def predict_batch(self, body: bytes) -> bytes:
         request, settings = decode(BATCH, body), self.service.settings
@@ -68,41 +64,28 @@ class Predictions:
         # A batch is of one version, which is kept for a while after another is shown.
         live, wanted = self.service.shown(), request.deadline_ms
         ends = self.service.ends(wanted if wanted is None else min(wanted, _LONGEST_BATCH_MS))
-        at_once = self._together([self._asked(one, live) for one in request.requests])
+        asked = [self._asked(one, live) for one in request.requests]
+        at_once = iter(self.together([one for one in asked if one is not None]))
         answers = [
-            msgspec.Raw(answer or await self._evaluated(one, live, ends))
-            for one, answer in zip(request.requests, at_once, strict=True)
+            next(at_once) if one is not None else await self._evaluated(given, live, ends)
+            for given, one in zip(request.requests, asked, strict=True)
         ]
-        return _encode(_Batch(answers))
+        return _encode(_Batch(list(map(msgspec.Raw, answers))))
 
-    def _answer_all(self, came: Sequence[Came], live: View) -> None:
-        """Answers to those of some requests that can be answered at once."""
-        if len(came) < 2:
-            return
-        try:
-            answers = self._together([self._asked_by(one, live) for one in came])
-        except Exception:  # one's own fault is not to be the others'
-            log.exception("serve: requests that came at once are answered one by one")
-            return
-        for one, answer in zip(came, answers, strict=True):
-            one.answer = answer
-
-    def _asked_by(self, came: Came, live: View) -> Asked | None:
-        try:
-            return self._asked(decode(PREDICT, came.body), live)
-        except Problem:  # to be told when it is this one's turn
-            return None
-
-    def _together(self, asked: Sequence[Asked | None]) -> list[bytes | None]:
+    def together(self, asked: Sequence[Asked]) -> list[bytes]:
         """Answers to requests, those of one view with as many inputs by the same calls."""
-        kinds = defaultdict[tuple[int, int], list[tuple[int, Asked]]](list)
+        if len(asked) == 1:
+            return self._alike(asked)
+        kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, one in enumerate(asked):
-            if one is not None:
-                kinds[id(one.view), len(one.places)].append((place, one))
-        answers: list[bytes | None] = [None] * len(asked)
-        for alike in kinds.values():
-            for (place, _), answer in zip(alike, self._scored([one for _, one in alike]), strict=True):
-                answers[place] = answer
+            kinds[id(one.view), len(one.inputs)].append(place)
+        answers = [b""] * len(asked)
+        for (_, n_inputs), places in kinds.items():
+            size = max(_ROWS // max(n_inputs, 1), 1)
+            for first in range(0, len(places), size):
+                part = places[first : first + size]
+                for place, answer in zip(part, self._alike([asked[place] for place in part]), strict=True):
+                    answers[place] = answer
         return answers
 
     def _asked(self, request: api.PredictRequest, live: View) -> Asked | None:
@@ -115,23 +98,6 @@ class Predictions:
         if request.user_attributes or self.service.is_moved(view, request):
             return Asked(view, given, places, *self.service.weights(view, request))
         return Asked(view, given, places, str(request.user), True)
-
-    def _alone(self, asked: Asked) -> bytes:
-        view, user = asked.view, asked.user
-        known = user if isinstance(user, Weights) else view.weights_of(user)
-        rows = view.rows.take(np.frombuffer(asked.places, np.int64), 0)
-        scores, stds = view.score(known or view.unknown_weights, rows)
-        is_known = asked.user_known and known is not None
-        return _encode(self._answer(view, is_known, asked.inputs, scores.tolist(), stds.tolist()))
-
-    def _scored(self, asked: Sequence[Asked]) -> list[bytes]:
-        """Answers to requests of one view with as many inputs each."""
-        size = max(_ROWS // max(len(asked[0].inputs), 1), 1)
-        answers = list[bytes]()
-        for first in range(0, len(asked), size):
-            part = asked[first : first + size]
-            answers += self._alike(part) if len(part) > 1 else map(self._alone, part)
-        return answers
 
     def _alike(self, asked: Sequence[Asked]) -> list[bytes]:
         view = asked[0].view

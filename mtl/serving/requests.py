@@ -31,7 +31,7 @@ OBSERVE = msgspec.json.Decoder(api.ObserveRequest)
 FEEDBACK = msgspec.json.Decoder(api.FeedbackRequest)
 
 
-def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+def decode(decoder: msgspec.json.Decoder[Body], body: bytes | bytearray) -> Body:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

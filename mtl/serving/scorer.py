@@ -33,7 +33,7 @@ class Several(NamedTuple):
 
     mean: Array  # (m, d)
     quadratic: Array  # (m, width − 1)
-    offset: Array  # (m, 1)
+    offset: Array | None  # (m, 1); None: of none of them
 
 
 def width(d: int) -> int:
@@ -88,7 +88,8 @@ def belief(rows: Array, user: Weights | Several) -> tuple[Array, Array]:
     variance = np.matvec(rows[..., :-1], user.quadratic)
     variance -= known * known
     known += rows[..., -1]
-    known += user.offset
+    if user.offset is not None:
+        known += user.offset
     return known, np.maximum(variance, 0.0, out=variance)
 
 

@@ -32,6 +32,7 @@ from mtl.errors import ConfigError, StateError
 from mtl.lock import exclusive
 from mtl.serving import metrics
 from mtl.serving.contest import Contest, Record, Rival, contest_of, make_record
+from mtl.serving.fastpath import FastPath
 from mtl.serving.gauges import readings
 from mtl.serving.http import PREDICT_PATH, application
 from mtl.serving.observations import read, sealed
@@ -224,9 +225,10 @@ async def _work(
     service = Service(store, overlay, observer, settings, rescore_of(settings), contest)
     service.look()
     measured = metrics.Metrics(lambda: readings(service))
+    turn = Turn(PREDICT_PATH, FastPath(service, measured))
     config = uvicorn.Config(
         application(service, measured),
-        http=partial(Protocol, turn=Turn(PREDICT_PATH)),  # type: ignore[arg-type]
+        http=partial(Protocol, turn=turn),  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -250,7 +252,7 @@ async def _work(
     going = [asyncio.create_task(_keep_looking(service, measured, tell)), asyncio.create_task(_outlive(parent, stop))]
     if service.admission is not None:
         tasks = server.server_state.tasks
-        service.admission.begun = lambda: len(tasks)
+        service.admission.begun = lambda: len(tasks) + len(turn)
         going.append(asyncio.create_task(service.admission.run()))
     await server.serve(sockets=[listener])
     for task in going:

@@ -29,7 +29,7 @@ from mtl.prior import Prior
 from mtl.serving import scorer
 from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
 from mtl.serving.overlay import Overlay, Pending, is_covered
-from mtl.serving.records import cycle_of, digest, is_described_only, pack_user, prefix, unpack_user, unpack_users
+from mtl.serving.records import cycle_of, digest, pack_user, prefix, record_bytes, unpack_user, unpack_users
 from mtl.serving.scorer import Several, Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
@@ -86,6 +86,7 @@ class View:
     def __post_init__(self) -> None:
         self.d, self.version = self.model.d, self.model.version
         self.loss: Loss = LOSSES[self.model.loss]
+        self._record_bytes = record_bytes(self.d)
         self._prefix, self.generation = prefix(self.version), prefix(self.live.generation)
 
     # Inputs.
@@ -189,24 +190,24 @@ class View:
 
     def weights_of_several(self, users: Sequence[str | Weights]) -> tuple[Several, list[bool]]:
         """The same of m users at once, and of whom anything is known; what is known already stays as it is."""
-        records, is_known = list[bytes | memoryview](), [True] * len(users)
-        offset = np.zeros((len(users), 1))
+        records: list[bytes | memoryview] = []
+        is_known, offsets = [True] * len(users), [0.0] * len(users)
         with self.overlay.reading() as observed, self.store.reading() as stored:
             for i, user in enumerate(users):
                 if isinstance(user, str):
                     key = digest(user)
                     record = self.store.user(stored, self._prefix, key)
                     has_all = self.overlay.revision(observed, key) is None  # that was observed
-                    if has_all and record is not None and not is_described_only(record, self.d):
+                    if has_all and record is not None and len(record) == self._record_bytes:
                         records.append(record)
                         continue
                     found = self.weights_of(user)
                     is_known[i] = found is not None
                     user = found or self.unknown_weights
-                offset[i] = user.offset
+                offsets[i] = user.offset
                 records.append(pack_user(user.n_events, user.mean, user.quadratic))
             mean, quadratic = unpack_users(records, self.d)
-        return Several(mean, quadratic, offset), is_known
+        return Several(mean, quadratic, np.array(offsets)[:, None] if any(offsets) else None), is_known
 
     def _weights_in(self, record: memoryview) -> Weights:
         # The store's pages are its own again when the transaction ends.

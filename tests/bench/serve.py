@@ -3,8 +3,9 @@
     python tests/bench/serve.py --folder /somewhere/with/5GB
 
 The server is jobs/serve.py with one worker over a made-up store; the client is a process of its own. The no-op is POST
-/healthz: the same kind of endpoint on the same server, which reads the same bodies and answers a constant. On two cores the
-client can be what saturates: the worker's own CPU time for each request is given too.
+/healthz: a route of the same server, which reads the same bodies and answers a constant. A prediction that can be answered at
+once goes past routes and tasks (mtl/serving/fastpath.py), and the no-op does not: what that saves may be more than a prediction
+costs. On two cores the client can be what saturates: the worker's own CPU time for each request is given too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The application without a socket: requests as ASGI messages, on a loop of its own."""
+"""The application without a socket: requests as ASGI messages, or as bytes, on a loop of its own."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from mtl.config import load_settings
 from mtl.effects import Effects
 from mtl.serving import metrics
 from mtl.serving.contest import Record, Rival, contest_of
+from mtl.serving.fastpath import FastPath
 from mtl.serving.gauges import readings
-from mtl.serving.http import application
+from mtl.serving.http import PREDICT_PATH, application
 from mtl.serving.observer import Observer
 from mtl.serving.overlay import open_overlay
 from mtl.serving.service import Service
 from mtl.serving.store import Store
+from mtl.serving.turn import Turn
 
 USERS, INPUTS, K = 20, 60, 3
 
 
 class Client:
-    def __init__(self, app: Any, service: Service):
-        self.app, self.service, self.loop = app, service, asyncio.new_event_loop()
+    def __init__(self, app: Any, service: Service, turn: Turn):
+        self.app, self.service, self.turn, self.loop = app, service, turn, asyncio.new_event_loop()
 
     def send(
         self, method: str, path: str, body: bytes = b"", query: bytes = b"", headers: dict[str, str] | None = None
@@ -112,7 +114,8 @@ def calling(
     ends = time.monotonic() + 10
     while service.view.evaluator.studied is None and time.monotonic() < ends:
         time.sleep(0.001)
-    yield Client(application(service, metrics.Metrics(lambda: readings(service))), service)
+    measured = metrics.Metrics(lambda: readings(service))
+    yield Client(application(service, measured), service, Turn(PREDICT_PATH, FastPath(service, measured)))
     observer.stop()
     store.close()
     overlay.close()

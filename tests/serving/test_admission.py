@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from calling import Client, calling
+from connecting import connect, posted, settle
 
 from mtl.config import load_settings
 from mtl.errors import ConfigError
 from mtl.serving.admission import Admission
+from mtl.serving.http import PREDICT_PATH
 from mtl.serving.load import State
 
 OBJECTIVE = (
@@ -145,6 +147,25 @@ def test_the_loops_lag_counts_as_time_that_requests_took() -> None:
         assert admission.enter()
         admission.leave(0.001)
     assert np.allclose(admission._latencies, 0.201)
+
+
+def test_of_requests_that_come_at_once_as_many_are_answered_as_may_be(tmp_path: Path) -> None:
+    async def at_once() -> list[bytes]:
+        connections = [connect(client.app, client.turn) for _ in range(5)]
+        for protocol, _ in connections:
+            protocol.data_received(posted(PREDICT_PATH, b'{"user":"u1","inputs":["x1"]}'))
+        await settle()
+        return [transport.written[0] for _, transport in connections]
+
+    with calling(tmp_path, *OBJECTIVE) as client:
+        admission = admission_of(client)
+        admission.state = State(rung=LAST, limit=3)
+        answers = client.loop.run_until_complete(at_once())
+        assert [int(answer.split()[1]) for answer in answers] == [200] * 3 + [503] * 2
+        assert b"\r\nretry-after: 1\r\n" in answers[3]
+        assert b"overloaded" in answers[3]
+        assert (admission.in_flight, admission.admitted, admission.refused) == (0, 3, 2)
+        assert len(admission._latencies) == 3
 
 
 def test_requests_that_wait_for_the_loop_are_in_the_server() -> None:

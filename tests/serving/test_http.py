@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from calling import INPUTS, Client, calling
-from connecting import connect, posted, settle
+from connecting import connect, posted
 from made_up import EVENTS_BEFORE, VERSION
 
 from mtl.effects import Effect
@@ -30,7 +30,6 @@ from mtl.serving.predictions import Predictions
 from mtl.serving.records import digest, pack_users
 from mtl.serving.scorer import quadratics
 from mtl.serving.store import Store
-from mtl.serving.turn import Turn
 from mtl.serving.view import View
 
 _weights_of_several = View.weights_of_several
@@ -43,14 +42,15 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield client
 
 
-def predicted_at_once(client: Client, bodies: list[bytes]) -> list[tuple[int, bytes]]:
+def predicted_at_once(
+    client: Client, bodies: list[bytes], headers: Sequence[Sequence[bytes]] = ()
+) -> list[tuple[int, bytes]]:
     """Status and body of answers to predictions that come in one turn of the loop, each over a connection of its own."""
 
     async def at_once() -> list[tuple[int, bytes]]:
-        turn = Turn(PREDICT_PATH)
-        connections = [connect(client.app, turn) for _ in bodies]
-        for (protocol, _), body in zip(connections, bodies, strict=True):
-            protocol.data_received(posted(PREDICT_PATH, body))
+        connections = [connect(client.app, client.turn) for _ in bodies]
+        for i, ((protocol, _), body) in enumerate(zip(connections, bodies, strict=True)):
+            protocol.data_received(posted(PREDICT_PATH, body, *(headers[i] if headers else ())))
         while not all(transport.written for _, transport in connections):
             await asyncio.sleep(0.001)
         answers = [transport.written[0] for _, transport in connections]
@@ -77,7 +77,7 @@ def test_predict_scores_ids_attributes_and_what_nobody_knows(client: Client) -> 
     assert alone["scores"] == [answer["scores"][0], answer["scores"][4]]
 
 
-@pytest.mark.parametrize(("rows", "n_together"), [(1024, [10]), (24, [8, 2]), (11, [3, 3, 3]), (5, [])])
+@pytest.mark.parametrize(("rows", "n_together"), [(1024, [10, 1, 1]), (24, [8, 2, 1, 1]), (11, [3, 3, 3, 1, 1, 1])])
 def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
     client: Client, monkeypatch: pytest.MonkeyPatch, rows: int, n_together: list[int]
 ) -> None:
@@ -101,7 +101,7 @@ def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
     )
     bodies = [json.dumps(one).encode() for one in asked]
     alone = [client.send("POST", "/v1/predict", body) for body in bodies]
-    assert not several
+    several.clear()
 
     assert predicted_at_once(client, bodies) == [(s, body) for s, _, body in alone]
     assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5
@@ -109,29 +109,28 @@ def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
 
 
 def test_a_request_that_harms_its_turn_harms_nobody_else(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(View, "weights_of_several", lambda self, users: 1 / 0)
+    monkeypatch.setattr(
+        View, "weights_of_several", lambda self, users: _weights_of_several(self, users) if len(users) == 1 else 1 / 0
+    )
     body = b'{"user": "u1", "inputs": ["x1", "x2"]}'
     alone = client.send("POST", "/v1/predict", body)
     assert alone[0] == 200
     assert predicted_at_once(client, [body, body]) == [(200, alone[2])] * 2
 
 
-def test_the_last_part_of_a_body_is_not_taken_for_all_of_it(client: Client) -> None:
-    """Though it is a request by itself."""
+def test_what_is_answered_past_the_application_is_counted_as_all_else(client: Client) -> None:
+    def counted() -> list[float]:
+        lines = client.send("GET", "/metrics")[2].decode().splitlines()
+        names = 'mtl_requests_total{route="predict",status="200"}', 'mtl_request_seconds_count{route="predict"}'
+        return [float(line.split()[-1]) for name in names for line in lines if line.startswith(name)]
+
     body = b'{"user": "u1", "inputs": ["x1"]}'
-
-    async def in_parts() -> bytes:
-        turn = Turn(PREDICT_PATH)
-        (protocol, transport), (other, _) = connect(client.app, turn), connect(client.app, turn)
-        request = posted(PREDICT_PATH, b"[" + body)
-        protocol.data_received(request[: -len(body)])
-        await settle()
-        other.data_received(posted(PREDICT_PATH, body))  # is answered first, and sees to all that came
-        protocol.data_received(request[-len(body) :])
-        await settle()
-        return transport.written[0]
-
-    assert client.loop.run_until_complete(in_parts()).startswith(b"HTTP/1.1 422")
+    client.send("POST", "/v1/predict", body)
+    before = counted()
+    predicted_at_once(client, [body, b'{"user": "u1"}', body])
+    (requests, times), (requests_before, times_before) = counted(), before
+    assert requests - requests_before == 2
+    assert times - times_before == 3  # with the one that was refused
 
 
 def test_ids_that_are_numbers_are_found_as_text_and_remembered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,6 +600,21 @@ def test_with_a_token_only_probes_pass_without_it(tmp_path: Path) -> None:
             assert client.send("GET", "/v1/popular", headers={"authorization": wrong})[0] == 401
         for scheme in ("Bearer", "bearer"):
             assert client.send("GET", "/v1/popular", headers={"authorization": f"{scheme} open sesame"})[0] == 200
+
+
+def test_a_token_is_asked_of_each_that_comes_at_once(tmp_path: Path) -> None:
+    with calling(tmp_path, "serve.token=open sesame") as client:
+        body = b'{"user": "u1", "inputs": ["x1"]}'
+        headers = [
+            [b"authorization: Bearer open sesame"],
+            [b"authorization: Bearer open says me"],
+            [],
+            [b"authorization: bearer open sesame"],
+            [b"authorization: Basic open sesame"],
+        ]
+        found = predicted_at_once(client, [body] * len(headers), headers)
+        assert [status for status, _ in found] == [200, 401, 401, 200, 401]
+        assert found[0] == found[3]
 
 
 def test_contexts_and_offsets_move_every_score_alike(tmp_path: Path) -> None:

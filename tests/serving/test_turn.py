@@ -1,48 +1,59 @@
-"""Who of a turn is answered with whom."""
+"""When what came is seen to, and that it is once."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+
+import pytest
 
 from mtl.serving.turn import Came, Turn
 
 
-def add(turn: Turn, body: bytes, token: bytes | None = None) -> Came:
-    headers = [(b"authorization", token)] if token is not None else []
-    scope: dict[str, Any] = {"path": "/", "method": "POST", "headers": headers, "state": {}}
-    turn.add(scope, bytearray(body))
-    return scope["state"]["came"]
+def came(body: bytes) -> Came:
+    return Came(bytearray(body), [], lambda content, status=200, headers=(): None, lambda: None)
 
 
-def test_all_of_a_turn_are_taken_once() -> None:
-    async def taking() -> None:
-        turn = Turn("/")
-        first, second = add(turn, b"1"), add(turn, b"2")
-        assert turn.take(second) == [first, second]
-        assert turn.take(first) == []
+def test_all_of_a_turn_are_seen_to_at_its_end_and_once() -> None:
+    turns: list[list[Came]] = []
 
-    asyncio.run(taking())
-
-
-def test_what_nobody_took_is_not_of_the_next_turn() -> None:
     async def passing() -> None:
-        turn = Turn("/")
-        add(turn, b"1")
+        turn = Turn("/", turns.append)
+        one, two, three = came(b"1"), came(b"2"), came(b"3")
+        turn.add(one)
+        turn.add(two)
+        assert (len(turn), turns) == (2, [])
         await asyncio.sleep(0)
-        second = add(turn, b"2")
-        assert turn.take(second) == [second]
+        assert (len(turn), turns) == (0, [[one, two]])
+        turn.add(three)
+        await asyncio.sleep(0)
+        assert turns == [[one, two], [three]]
+        await asyncio.sleep(0)
+        assert len(turns) == 2
 
     asyncio.run(passing())
 
 
-def test_nothing_is_done_for_who_has_another_authorization() -> None:
-    async def guarded() -> None:
-        turn = Turn("/")
-        first = add(turn, b"1", b"Bearer right")
-        add(turn, b"2", b"Bearer wrong")
-        add(turn, b"3")
-        last = add(turn, b"4", b"Bearer right")
-        assert turn.take(first) == [first, last]
+def test_what_comes_while_others_are_seen_to_is_of_the_next_turn() -> None:
+    turns: list[list[Came]] = []
 
-    asyncio.run(guarded())
+    async def passing() -> None:
+        def see_to(some: list[Came]) -> None:
+            turns.append(some)
+            if len(turns) == 1:
+                turn.add(came(b"next"))
+
+        turn = Turn("/", see_to)
+        turn.add(came(b"first"))
+        await asyncio.sleep(0)
+        assert len(turns) == 1
+        await asyncio.sleep(0)
+
+    asyncio.run(passing())
+    assert [[bytes(one.body) for one in some] for some in turns] == [[b"first"], [b"next"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "is_taken"), [("/a", "POST", True), ("/b", "POST", False), ("/a", "GET", False)]
+)
+def test_requests_of_one_route_are_taken(path: str, method: str, is_taken: bool) -> None:
+    assert Turn("/a", lambda some: None).takes({"path": path, "method": method}) == is_taken

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mtl import gaussian
 from mtl.gaussian import Array
 
 _HEADER = struct.Struct("<qq")  # cycle, number of events
@@ -54,11 +53,6 @@ def unpack_users(records: Sequence[bytes | memoryview], d: int) -> tuple[Array, 
     values = np.frombuffer(b"".join(records), np.float64).reshape(len(records), -1)
     first = _HEADER.size // 8
     return values[:, first : first + d], values[:, first + d :]
-
-
-def record_bytes(d: int) -> int:
-    """Of a user who has events."""
-    return len(pack_user(0, np.empty(d), np.empty(gaussian.packed_length(d) + d + 1)))
 
 
 def is_described_only(record: bytes | memoryview, d: int) -> bool:

@@ -29,7 +29,7 @@ from mtl.prior import Prior
 from mtl.serving import scorer
 from mtl.serving.evaluator import Beliefs, EncodingError, Evaluator, frame_of
 from mtl.serving.overlay import Overlay, Pending, is_covered
-from mtl.serving.records import cycle_of, digest, pack_user, prefix, record_bytes, unpack_user, unpack_users
+from mtl.serving.records import cycle_of, digest, is_described_only, pack_user, prefix, unpack_user, unpack_users
 from mtl.serving.scorer import Several, Weights
 from mtl.serving.store import Live, Store, read_features
 from mtl.working import settle
@@ -86,7 +86,6 @@ class View:
     def __post_init__(self) -> None:
         self.d, self.version = self.model.d, self.model.version
         self.loss: Loss = LOSSES[self.model.loss]
-        self._record_bytes = record_bytes(self.d)
         self._prefix, self.generation = prefix(self.version), prefix(self.live.generation)
 
     # Inputs.
@@ -198,7 +197,7 @@ class View:
                     key = digest(user)
                     record = self.store.user(stored, self._prefix, key)
                     has_all = self.overlay.revision(observed, key) is None  # that was observed
-                    if has_all and record is not None and len(record) == self._record_bytes:
+                    if has_all and record is not None and not is_described_only(record, self.d):
                         records.append(record)
                         continue
                     found = self.weights_of(user)

@@ -100,11 +100,12 @@ def test_requests_of_one_moment_are_scored_together_and_answered_as_each_alone(
         View, "weights_of_several", lambda self, users: several.append(users) or _weights_of_several(self, users)
     )
     bodies = [json.dumps(one).encode() for one in asked]
+    bodies.append(bodies[0] + b" " * 17_000)
     alone = [client.send("POST", "/v1/predict", body) for body in bodies]
     several.clear()
 
     assert predicted_at_once(client, bodies) == [(s, body) for s, _, body in alone]
-    assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5
+    assert [status for status, _, _ in alone] == [200] * 8 + [413, 422] + [200] * 5 + [413]
     assert [len(users) for users in several] == n_together  # of as many inputs, in as many rows as may be
 
 

@@ -204,7 +204,7 @@ def test_when_the_server_ends_what_came_is_answered_before_the_connection_closes
     assert is_closed
 
 
-def test_an_idle_connection_is_closed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_connection_is_closed_after_a_while() -> None:
     async def idling() -> tuple[bool, bool]:
         protocol, transport = connect(broken, Turn("/", shout))
         protocol.timeout_keep_alive = 0.05  # type: ignore[assignment]
